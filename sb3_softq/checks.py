@@ -1,0 +1,111 @@
+"""Checks of constructor arguments: a ValueError names the argument, its value and what is allowed."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import FloatSchedule
+
+
+def _refuse(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
+
+
+def _is_real(value: object) -> bool:
+    """A finite number, which ``True`` and ``nan`` are not."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_integer(name: str, value: object, minimum: int) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Its value
+    :param minimum: Smallest value allowed
+    :raises ValueError: if the value is not an integer, or too small
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < minimum:
+        raise _refuse(name, value, f"an integer >= {minimum}")
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Its value
+    :param low: Lower bound
+    :param high: Upper bound, allowed itself
+    :param open_low: Whether the lower bound itself is not allowed
+    :raises ValueError: if the value is not a finite number between the bounds
+    """
+    if not _is_real(value) or not (low < value if open_low else low <= value) or value > high:
+        lower = f" {'>' if open_low else '>='} {low}" if math.isfinite(low) else ""
+        upper = f"{' and' if lower else ''} <= {high}" if math.isfinite(high) else ""
+        raise _refuse(name, value, f"a finite number{lower}{upper}")
+
+
+def check_schedule(name: str, value: float | Schedule, low: float, open_low: bool = True) -> None:
+    """
+    :param name: Name of the argument
+    :param value: A number, or a function of the progress remaining (from 1 to 0), which is tried at both ends
+    :param low: Lower bound
+    :param open_low: Whether the lower bound itself is not allowed
+    :raises ValueError: if a value is not a finite number above the bound
+    """
+    if not callable(value):
+        check_number(name, value, low, open_low=open_low)
+        return
+    for progress_remaining in (1.0, 0.0):
+        # A schedule may end at 0 even where a constant may not be 0
+        check_number(
+            f"{name}({progress_remaining:g})",
+            FloatSchedule(value)(progress_remaining),
+            low,
+            open_low=open_low and progress_remaining == 1.0,
+        )
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Its value
+    :param choices: The names allowed
+    :raises ValueError: if the value is none of them, with the nearest one
+    """
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise _refuse(name, value, "one of " + ", ".join(map(repr, choices)) + hint)
+
+
+def check_auto(name: str, value: str, with_initial_value: bool) -> None:
+    """
+    :param name: Name of the argument
+    :param value: A string that must be ``"auto"``, or where allowed ``"auto_0.1"`` with an initial value > 0
+    :param with_initial_value: Whether the latter is allowed
+    :raises ValueError: if the string is something else
+    """
+    allowed = "a number or 'auto'" + (", or 'auto_X' with an initial value X > 0" if with_initial_value else "")
+    if value == "auto":
+        return
+    prefix, _, initial_value = value.partition("_")
+    try:
+        if with_initial_value and prefix == "auto" and 0 < float(initial_value) < math.inf:
+            return
+    except ValueError:
+        pass
+    raise _refuse(name, value, allowed)
+
+
+def check_action_space(space: spaces.Box) -> None:
+    """
+    :param space: Action space of the environment
+    :raises ValueError: if it is empty, unbounded or has a dimension of width zero
+    """
+    bounded = np.isfinite(space.low).all() and np.isfinite(space.high).all()
+    if space.low.size == 0 or not bounded or not (space.low < space.high).all():
+        raise _refuse(
+            "action_space", space, "a Box with finite bounds, low < high in every dimension, and at least one dimension"
+        )

@@ -1,0 +1,381 @@
+"""Policies of SoftQ: a sampling actor, particle critics, and the policy that holds both."""
+
+from typing import Any, Literal
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    create_mlp,
+    get_actor_critic_arch,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_softq.soft_value import local_log_std, mixture_mode
+
+Smoothing = Literal["learned", "local", "none"]
+SMOOTHINGS: tuple[Smoothing, ...] = ("learned", "local", "none")
+
+# Bounds of the learned smoothing, in units of the pre-tanh action
+LOG_STD_MIN = -5.0
+LOG_STD_MAX = 1.0
+
+
+def particle_forward(net: nn.Sequential, features: th.Tensor, particles: th.Tensor) -> th.Tensor:
+    """
+    Apply an MLP on [features, particle] to several particles per state. The first layer splits into a part that is
+    computed once per state and a part computed per particle.
+
+    :param net: MLP that starts with a linear layer, as made by ``create_mlp``
+    :param features: Shape (batch_size, features_dim)
+    :param particles: Noise or actions, shape (batch_size, n_particles, particle_dim)
+    :return: Shape (batch_size, n_particles, output_dim)
+    """
+    layers = iter(net)
+    first = next(layers)
+    assert isinstance(first, nn.Linear)
+    weight_state, weight_particle = first.weight.split([features.shape[1], particles.shape[2]], dim=1)
+    state_part = F.linear(features, weight_state, first.bias)
+    hidden = F.linear(particles, weight_particle) + state_part.unsqueeze(1)
+    for layer in layers:
+        hidden = layer(hidden)
+    return hidden
+
+
+class SamplingActor(BasePolicy):
+    """
+    Sampler u = c + sigma * eps with c = xi + mean(s, xi), sigma = sigma(s, xi) and noise xi, eps ~ N(0, I_d); a = tanh(u).
+
+    xi chooses where to act (several modes if need be), eps smooths each choice. Because the last step is Gaussian,
+    K draws of xi give a density that can be evaluated, see :func:`sb3_softq.soft_value.mixture_log_prob`.
+    The sampler starts wide (``mean`` is small at first), so that the modes it is to keep are there to be found.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Network architecture
+    :param features_extractor: Network to extract features
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param smoothing: Where sigma comes from: ``"learned"`` by the network, ``"local"`` from the distance to the nearest
+        other particle, or ``"none"``: actions are the raw particles c (then ``"local"`` is used where a density is asked for)
+    :param log_std_init: Initial log standard deviation of the learned smoothing
+    :param n_bank: Number of fixed particles of the deterministic action
+    :param n_neighbours: Number of particles that ``"local"`` draws to smooth one action
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
+    """
+
+    action_space: spaces.Box
+    xi_bank: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        smoothing: Smoothing = "learned",
+        log_std_init: float = -1.2,
+        n_bank: int = 32,
+        n_neighbours: int = 8,
+        normalize_images: bool = True,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
+        self.smoothing = smoothing
+        self.log_std_init = log_std_init
+        self.n_bank = n_bank
+        self.n_neighbours = n_neighbours
+
+        self.action_dim = get_action_dim(action_space)
+        n_outputs = 2 if smoothing == "learned" else 1
+        self.net = nn.Sequential(
+            *create_mlp(features_dim + self.action_dim, n_outputs * self.action_dim, net_arch, activation_fn)
+        )
+        # A constant, not a weight: the deterministic action is a function of observation and weights alone
+        sobol = th.quasirandom.SobolEngine(self.action_dim, scramble=True, seed=0).draw(n_bank)
+        self.register_buffer("xi_bank", th.special.ndtri(sobol.clamp(1e-4, 1 - 1e-4)), persistent=False)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                net_arch=self.net_arch,
+                features_dim=self.features_dim,
+                activation_fn=self.activation_fn,
+                smoothing=self.smoothing,
+                log_std_init=self.log_std_init,
+                n_bank=self.n_bank,
+                n_neighbours=self.n_neighbours,
+                features_extractor=self.features_extractor,
+            )
+        )
+        return data
+
+    def particles(self, features: th.Tensor, xi: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Components of the policy's density: one Gaussian over the pre-tanh action per noise vector.
+
+        :param features: Shape (batch_size, features_dim)
+        :param xi: Noise, shape (batch_size, n_particles, action_dim)
+        :return: Centres and log standard deviations, shapes (batch_size, n_particles, action_dim)
+        """
+        output = particle_forward(self.net, features, xi)
+        if self.smoothing != "learned":
+            centres = xi + output
+            return centres, local_log_std(centres.detach())
+        shift, log_std = output.chunk(2, dim=2)
+        # softplus: smooth at the lower bound, so that a narrow component can widen again
+        log_std = LOG_STD_MIN + F.softplus(log_std + (self.log_std_init - LOG_STD_MIN))
+        return xi + shift, log_std.clamp(max=LOG_STD_MAX)
+
+    def noise(self, batch_size: int, n_particles: int) -> th.Tensor:
+        """
+        :param batch_size: Number of states
+        :param n_particles: Number of particles per state
+        :return: Standard normal noise, shape (batch_size, n_particles, action_dim)
+        """
+        return th.randn(batch_size, n_particles, self.action_dim, device=self.device)
+
+    def sample(self, obs: PyTorchObs, n_actions: int = 1) -> th.Tensor:
+        """
+        Independent draws from the policy.
+
+        :param obs: Observations
+        :param n_actions: Number of actions per observation
+        :return: Pre-tanh actions, shape (batch_size, n_actions, action_dim)
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        if self.smoothing == "local":
+            # Bandwidths depend on the neighbours: a fresh handful for each action, of which the first is used
+            features = features.repeat_interleave(n_actions, dim=0)
+            mean, log_std = self.particles(features, self.noise(len(features), self.n_neighbours))
+            mean, log_std = (x[:, 0].reshape(-1, n_actions, self.action_dim) for x in (mean, log_std))
+        else:
+            mean, log_std = self.particles(features, self.noise(len(features), n_actions))
+        if self.smoothing == "none":
+            return mean
+        return mean + th.exp(log_std) * th.randn_like(mean)
+
+    def mode(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Deterministic action: mode of the policy's density, found by mean-shift from the densest of a fixed bank of
+        particles. The mean where there is one mode, one of the modes where there are several.
+
+        :param obs: Observations
+        :return: Pre-tanh actions, shape (batch_size, action_dim)
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        return mixture_mode(*self.particles(features, self.xi_bank.expand(len(features), -1, -1)))
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        u = self.mode(obs) if deterministic else self.sample(obs).squeeze(1)
+        return th.tanh(u)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self(observation, deterministic)
+
+
+class ParticleCritic(ContinuousCritic):
+    """
+    SB3's Q networks, evaluated for several actions per state. See :class:`ContinuousCritic` for the parameters.
+    """
+
+    def features(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: Observations
+        :return: Features, shape (batch_size, features_dim); without gradient when the extractor is the actor's
+        """
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+            return self.extract_features(obs, self.features_extractor)
+
+    def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param features: Shape (batch_size, features_dim)
+        :param actions: Actions in the normalised box, shape (batch_size, n_particles, action_dim)
+        :return: Shape (n_critics, batch_size, n_particles)
+        """
+        return th.stack([particle_forward(net, features, actions).squeeze(2) for net in self.q_networks])  # type: ignore[arg-type]
+
+    def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        q_values = self.q_values(self.features(obs), actions.unsqueeze(1))
+        return tuple(q_values)
+
+
+class SoftQPolicy(BasePolicy):
+    """
+    Policy class (sampling actor and particle critics) for SoftQ.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param net_arch: The specification of the policy and value networks: a list for both, or dict(pi=[...], qf=[...])
+    :param activation_fn: Activation function
+    :param smoothing: Where the smoothing of the actor's particles comes from, see :class:`SamplingActor`
+    :param log_std_init: Initial log standard deviation of the learned smoothing
+    :param features_extractor_class: Features extractor to use.
+    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor.
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
+    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer.
+        Adam and AdamW use ``fused=True`` unless told otherwise.
+    :param n_critics: Number of critic networks to create.
+    :param share_features_extractor: Whether to share or not the features extractor between the actor and the critic
+        (this saves computation time)
+    """
+
+    actor: SamplingActor
+    critic: ParticleCritic
+    critic_target: ParticleCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        smoothing: Smoothing = "learned",
+        log_std_init: float = -1.2,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+            normalize_images=normalize_images,
+        )
+        if smoothing not in SMOOTHINGS:
+            raise ValueError(f"smoothing={smoothing!r} is not known, it must be one of {', '.join(SMOOTHINGS)}")
+        self.net_arch = [256, 256] if net_arch is None else net_arch
+        self.activation_fn = activation_fn
+        self.smoothing = smoothing
+        self.log_std_init = log_std_init
+        self.n_critics = n_critics
+        self.share_features_extractor = share_features_extractor
+
+        self.actor = self.make_actor()
+        self.critic = self.make_critic(self.actor.features_extractor if share_features_extractor else None)
+        # The target never shares its features extractor
+        self.critic_target = self.make_critic()
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.set_training_mode(False)
+
+        self.actor.optimizer = self._make_optimizer(list(self.actor.parameters()), lr_schedule)
+        # A shared features extractor learns from the actor loss only, as in SAC
+        actor_parameters = {id(param) for param in self.actor.parameters()}
+        critic_parameters = [param for param in self.critic.parameters() if id(param) not in actor_parameters]
+        self.critic.optimizer = self._make_optimizer(critic_parameters, lr_schedule)
+
+    def _make_optimizer(self, parameters: list[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
+        kwargs = self.optimizer_kwargs
+        if (
+            self.optimizer_class in (th.optim.Adam, th.optim.AdamW)
+            and not {"fused", "foreach", "differentiable"} & kwargs.keys()
+        ):
+            kwargs = {**kwargs, "fused": True}
+        return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                net_arch=self.net_arch,
+                activation_fn=self.activation_fn,
+                smoothing=self.smoothing,
+                log_std_init=self.log_std_init,
+                n_critics=self.n_critics,
+                lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
+                optimizer_class=self.optimizer_class,
+                optimizer_kwargs=self.optimizer_kwargs,
+                features_extractor_class=self.features_extractor_class,
+                features_extractor_kwargs=self.features_extractor_kwargs,
+                share_features_extractor=self.share_features_extractor,
+            )
+        )
+        return data
+
+    def _net_kwargs(self, arch: list[int], features_extractor: BaseFeaturesExtractor | None) -> dict[str, Any]:
+        kwargs = dict(
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            net_arch=arch,
+            activation_fn=self.activation_fn,
+            normalize_images=self.normalize_images,
+        )
+        return self._update_features_extractor(kwargs, features_extractor)
+
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> SamplingActor:
+        arch, _ = get_actor_critic_arch(self.net_arch)
+        net_kwargs = self._net_kwargs(arch, features_extractor)
+        return SamplingActor(**net_kwargs, smoothing=self.smoothing, log_std_init=self.log_std_init).to(self.device)
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> ParticleCritic:
+        _, arch = get_actor_critic_arch(self.net_arch)
+        net_kwargs = self._net_kwargs(arch, features_extractor)
+        return ParticleCritic(
+            **net_kwargs, n_critics=self.n_critics, share_features_extractor=self.share_features_extractor
+        ).to(self.device)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(obs, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.actor(observation, deterministic)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the policy in either training or evaluation mode. The target networks stay in evaluation mode.
+
+        :param mode: if true, set to training mode, else set to evaluation mode
+        """
+        self.actor.set_training_mode(mode)
+        self.critic.set_training_mode(mode)
+        self.training = mode
+
+
+MlpPolicy = SoftQPolicy
+
+
+class CnnPolicy(SoftQPolicy):
+    """
+    SoftQ's policy for images: :class:`SoftQPolicy` with ``NatureCNN`` as its default features extractor.
+    """
+
+    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any):
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+class MultiInputPolicy(SoftQPolicy):
+    """
+    SoftQ's policy for Dict observations: :class:`SoftQPolicy` with ``CombinedExtractor`` as its default features extractor.
+    """
+
+    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any):
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)

@@ -1,0 +1,124 @@
+"""
+The particle-based soft value: tensors in, tensors out.
+
+Notation: ``u`` is a pre-tanh action and ``a = tanh(u)`` the action in the normalised box (-1, 1)^d.
+Densities with suffix ``_a`` are over ``a``, the others over ``u``. Batches of particles have the shape
+(batch_size, n_particles, action_dim).
+"""
+
+import math
+
+import torch as th
+from torch.nn import functional as F
+
+
+def tanh_log_det(u: th.Tensor) -> th.Tensor:
+    """
+    Log-determinant of the Jacobian of ``a = tanh(u)``, sum_i log(1 - tanh(u_i)^2), written as
+    sum_i 2 (log 2 - u_i - softplus(-2 u_i)): exact where ``tanh`` has saturated, with no epsilon.
+
+    :param u: Pre-tanh actions, shape (..., action_dim)
+    :return: Shape (...)
+    """
+    return 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u)).sum(dim=-1)
+
+
+def uniform_log_prob(action_dim: int) -> float:
+    """
+    :param action_dim: Dimension d of the action space
+    :return: Log-density -d log 2 of the uniform distribution over the box (-1, 1)^d, in nats
+    """
+    return -action_dim * math.log(2.0)
+
+
+def mixture_log_prob(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Log-density and score of the sampler's density given K of its particles,
+    q(u|s) = 1/K sum_k N(u; mean_k, diag(std_k^2)).
+
+    :param u: Where to evaluate, shape (batch_size, n, action_dim)
+    :param mean: Centres of the K components, shape (batch_size, K, action_dim)
+    :param log_std: Log standard deviations, same shape as ``mean``
+    :return: log q(u|s), shape (batch_size, n), and its gradient with respect to u, same shape as ``u``
+    """
+    inv_std = th.exp(-log_std).unsqueeze(1)
+    # (batch_size, n, K, action_dim)
+    z = (u.unsqueeze(2) - mean.unsqueeze(1)) * inv_std
+    # (batch_size, 1, K)
+    log_norm = log_std.sum(dim=-1).unsqueeze(1) + 0.5 * u.shape[-1] * math.log(2.0 * math.pi) + math.log(mean.shape[1])
+    log_components = -0.5 * z.square().sum(dim=-1) - log_norm
+    log_prob = th.logsumexp(log_components, dim=2)
+    responsibilities = th.exp(log_components - log_prob.unsqueeze(2)).unsqueeze(3)
+    score = -(responsibilities * z * inv_std).sum(dim=2)
+    return log_prob, score
+
+
+def mixture_mode(mean: th.Tensor, log_std: th.Tensor, n_steps: int = 5) -> th.Tensor:
+    """
+    Approximate mode of the mixture of :func:`mixture_log_prob`: mean-shift (its EM fixed point,
+    u <- (sum_k r_k mean_k / std_k^2) / (sum_k r_k / std_k^2) with responsibilities r_k),
+    started from the densest centre. Never leaves the basin of a mode for the valley between two.
+
+    :param mean: Centres, shape (batch_size, K, action_dim)
+    :param log_std: Log standard deviations, same shape
+    :param n_steps: Number of mean-shift steps
+    :return: Shape (batch_size, action_dim)
+    """
+    precision = th.exp(-2.0 * log_std)
+    log_norm = log_std.sum(dim=-1)
+    densest = mixture_log_prob(mean, mean, log_std)[0].argmax(dim=1)
+    u = mean[th.arange(len(mean), device=mean.device), densest]
+    for _ in range(n_steps):
+        log_components = -0.5 * ((u.unsqueeze(1) - mean).square() * precision).sum(dim=-1) - log_norm
+        weights = th.softmax(log_components, dim=1).unsqueeze(2) * precision
+        u = (weights * mean).sum(dim=1) / weights.sum(dim=1)
+    return u
+
+
+def local_log_std(mean: th.Tensor, scale: float = 0.7, std_min: float = 0.03, std_max: float = 1.0) -> th.Tensor:
+    """
+    Bandwidths for particles that come without one: std_k = ``scale`` times the distance to the nearest other
+    particle over sqrt(d). Local, because one bandwidth for all would fill the valley between two modes.
+
+    :param mean: Centres, shape (batch_size, K, action_dim)
+    :param scale: Factor of the distance, > 0
+    :param std_min: Smallest standard deviation
+    :param std_max: Largest standard deviation, also what a lone particle gets
+    :return: Log standard deviations, same shape as ``mean``
+    """
+    distances = th.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = distances + th.diag_embed(th.full_like(distances[:, 0], math.inf))
+    nearest = distances.min(dim=2, keepdim=True).values
+    std = (scale / math.sqrt(mean.shape[-1]) * nearest).clamp(std_min, std_max)
+    return th.log(std).expand_as(mean)
+
+
+def soft_value(q_values: th.Tensor, log_prob_a: th.Tensor, ent_coef: th.Tensor | float) -> th.Tensor:
+    """
+    Soft value by importance sampling, eq. (10) of https://arxiv.org/abs/1702.08165,
+
+        V(s) = alpha [ logsumexp_k( Q(s, a_k) / alpha - log q_a(a_k|s) ) - log K ],
+
+    an estimate of alpha log integral exp(Q(s, a) / alpha) da. exp(V / alpha) is unbiased, V itself is a lower bound in
+    expectation that tightens with K. With K = 1 it is SAC's Q - alpha log q.
+
+    :param q_values: Q of the particles, shape (batch_size, K)
+    :param log_prob_a: Log-density of the proposal at the particles, over the normalised action box, same shape
+    :param ent_coef: Temperature alpha > 0
+    :return: Shape (batch_size,)
+    """
+    return ent_coef * (th.logsumexp(q_values / ent_coef - log_prob_a, dim=1) - math.log(q_values.shape[1]))
+
+
+def effective_sample_size(q_values: th.Tensor, log_prob_a: th.Tensor, ent_coef: th.Tensor | float) -> th.Tensor:
+    """
+    How many of the K particles carry the estimate of :func:`soft_value`, (sum w)^2 / sum w^2 with the importance
+    weights w_k = exp(Q_k / alpha) / q_a(a_k): K when the proposal is the Boltzmann distribution of Q, 1 when it misses it.
+
+    :param q_values: Q of the particles, shape (batch_size, K)
+    :param log_prob_a: Log-density of the proposal, same shape
+    :param ent_coef: Temperature alpha > 0
+    :return: Between 1 and K, shape (batch_size,)
+    """
+    weights = th.softmax(q_values / ent_coef - log_prob_a, dim=1)
+    return 1.0 / weights.square().sum(dim=1)

@@ -1,0 +1,618 @@
+"""SoftQ: soft Q-learning with a sampling actor, as an off-policy algorithm of Stable-Baselines3."""
+
+import math
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.utils import (
+    FloatSchedule,
+    LinearSchedule,
+    get_parameters_by_name,
+    polyak_update,
+    update_learning_rate,
+)
+from torch.nn import functional as F
+
+from sb3_softq.checks import check_action_space, check_auto, check_choice, check_integer, check_number, check_schedule
+from sb3_softq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, ParticleCritic, SamplingActor, SoftQPolicy
+from sb3_softq.soft_value import effective_sample_size, mixture_log_prob, soft_value, tanh_log_det, uniform_log_prob
+from sb3_softq.stein import KernelName, stein_direction, tanh_log_det_grad
+
+SelfSoftQ = TypeVar("SelfSoftQ", bound="SoftQ")
+ProposalName = Literal["policy", "uniform", "mixture"]
+RepulsionName = Literal["density", "kernel"]
+
+# Start of the actor's temperature, in units of ent_coef, and the part of training over which it falls to 1,
+# when ent_coef is fixed: modes are to be found before they are kept
+ANNEALING = LinearSchedule(start=20.0, end=1.0, end_fraction=2 / 3)
+
+# Particles of the estimates that a user asks for, where accuracy counts more than speed
+N_QUERY_PARTICLES = 256
+
+
+class SoftQ(OffPolicyAlgorithm):
+    """
+    Soft Q-learning (Haarnoja et al. 2017, https://arxiv.org/abs/1702.08165): a maximum-entropy agent
+    pi(a|s) = exp((Q(s, a) - V(s)) / alpha) whose actor is a sampler, and therefore keeps several good ways of acting.
+
+    The critic regresses on r + gamma V(s') with the soft value V estimated from particles
+    (:func:`sb3_softq.soft_value.soft_value`), the actor follows amortized Stein variational gradient descent
+    (:func:`sb3_softq.stein.stein_direction`), and the temperature adapts to a target entropy as in SAC.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate of the critics and, unless ``actor_learning_rate`` is given, the actor;
+        it can be a function of the current progress remaining (from 1 to 0)
+    :param buffer_size: size of the replay buffer
+    :param learning_starts: how many steps of the model to collect transitions for before learning starts
+    :param batch_size: Minibatch size for each gradient update
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
+    :param gamma: the discount factor
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
+        like ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
+        Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
+    :param action_noise: the action noise type (None by default), in addition to the policy's own sampling
+    :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``).
+        If ``None``, it will be automatically selected.
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
+    :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
+    :param n_steps: When n_step > 1, uses n-step return (with the NStepReplayBuffer) when updating the Q-value network.
+    :param ent_coef: Temperature alpha (the inverse of the reward scale of the original): ``"auto"`` learns it,
+        ``"auto_0.1"`` from the initial value 0.1; a positive float, or a function of the progress remaining, sets it.
+    :param target_entropy: Target of the policy's entropy in nats over the normalised box (-1, 1)^d when ``ent_coef`` is
+        learned. ``"auto"`` is -d.
+    :param target_update_interval: update the target network every ``target_update_interval`` gradient steps
+    :param n_value_particles: Number K of particles per next state in the soft value
+    :param n_actor_particles: Number of particles per state in an actor update
+    :param n_actor_states: Number of states of the minibatch in an actor update, at most ``batch_size``
+    :param proposal: Where the particles of the soft value come from: ``"policy"``, ``"uniform"`` over the action box,
+        or ``"mixture"``, half of each
+    :param kernel: Kernel of the Stein step: ``"rbf"``, ``"imq"`` (inverse multiquadric) or ``"delta"`` (its limit of
+        bandwidth 0)
+    :param bandwidth: Bandwidth of the kernel in squared units of the pre-tanh action, ``"median"`` for the heuristic
+    :param repulsion: What keeps the particles apart: the ``"density"`` of the sampler, or the gradient of the
+        ``"kernel"`` as in the original (see :func:`sb3_softq.stein.stein_direction`)
+    :param kernel_update_ratio: In (0, 1): splits the actor's particles into a fixed part, where the critic's gradient is
+        evaluated, and an updated part of this share, which moves (0.5 in the original). By default every particle is both.
+    :param annealing: Factor of the temperature in the actor's step (the critic's target keeps ``ent_coef``): a float >= 1
+        or a function of the progress remaining. ``"auto"`` is 1 when the temperature is learned, since that anneals by
+        itself, and falls from 20 to 1 over two thirds of training when it is not.
+    :param actor_learning_rate: learning rate of the actor, float or function of the progress remaining;
+        ``learning_rate`` by default
+    :param ent_coef_learning_rate: learning rate of the log of the temperature, when it is learned
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation, see :class:`SoftQPolicy`
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: if an argument is out of its range
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: SoftQPolicy
+    actor: SamplingActor
+    critic: ParticleCritic
+    critic_target: ParticleCritic
+    action_space: spaces.Box
+
+    def __init__(
+        self,
+        policy: str | type[SoftQPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,  # 1e6
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        ent_coef: str | float | Schedule = "auto",
+        target_entropy: str | float = "auto",
+        target_update_interval: int = 1,
+        n_value_particles: int = 4,
+        n_actor_particles: int = 8,
+        n_actor_states: int = 64,
+        proposal: ProposalName = "policy",
+        kernel: KernelName = "rbf",
+        bandwidth: str | float = "median",
+        repulsion: RepulsionName = "density",
+        kernel_update_ratio: float | None = None,
+        annealing: str | float | Schedule = "auto",
+        actor_learning_rate: float | Schedule | None = None,
+        ent_coef_learning_rate: float | Schedule = 3e-3,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+            support_multi_env=True,
+        )
+        self.ent_coef = ent_coef
+        self.target_entropy = target_entropy
+        self.target_update_interval = target_update_interval
+        self.n_value_particles = n_value_particles
+        self.n_actor_particles = n_actor_particles
+        self.n_actor_states = n_actor_states
+        self.proposal = proposal
+        self.kernel = kernel
+        self.bandwidth = bandwidth
+        self.repulsion = repulsion
+        self.kernel_update_ratio = kernel_update_ratio
+        self.annealing = annealing
+        self.actor_learning_rate = actor_learning_rate
+        self.ent_coef_learning_rate = ent_coef_learning_rate
+        # Log of the temperature and its optimizer when it is learned
+        self.log_ent_coef: th.Tensor | None = None
+        self.ent_coef_optimizer: th.optim.Optimizer | None = None
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_arguments(self) -> None:
+        check_schedule("learning_rate", self.learning_rate, 0.0)
+        check_schedule("ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0)
+        if self.actor_learning_rate is not None:
+            check_schedule("actor_learning_rate", self.actor_learning_rate, 0.0)
+        for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "stats_window_size"):
+            check_integer(name, getattr(self, "_" * (name == "stats_window_size") + name), 1)
+        for name in ("n_value_particles", "n_actor_particles", "n_actor_states"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("learning_starts", self.learning_starts, 0)
+        check_integer("gradient_steps", self.gradient_steps, -1)
+        check_number("tau", self.tau, 0.0, 1.0)
+        check_number("gamma", self.gamma, 0.0, 1.0)
+        if isinstance(self.ent_coef, str):
+            check_auto("ent_coef", self.ent_coef, with_initial_value=True)
+        else:
+            check_schedule("ent_coef", self.ent_coef, 0.0)
+        if isinstance(self.target_entropy, str):
+            check_auto("target_entropy", self.target_entropy, with_initial_value=False)
+        else:
+            check_number("target_entropy", self.target_entropy)
+        check_choice("proposal", self.proposal, get_args(ProposalName))
+        check_choice("kernel", self.kernel, get_args(KernelName))
+        check_choice("repulsion", self.repulsion, get_args(RepulsionName))
+        if isinstance(self.bandwidth, str):
+            check_choice("bandwidth", self.bandwidth, ("median",))
+        else:
+            check_number("bandwidth", self.bandwidth, 0.0, open_low=True)
+        if isinstance(self.annealing, str):
+            check_choice("annealing", self.annealing, ("auto",))
+        else:
+            check_schedule("annealing", self.annealing, 1.0, open_low=False)
+        if self.kernel_update_ratio is not None:
+            check_number("kernel_update_ratio", self.kernel_update_ratio, 0.0, 1.0, open_low=True)
+            if self.kernel_update_ratio == 1.0 or self.n_actor_particles < 2 or self.kernel == "delta":
+                raise ValueError(
+                    f"kernel_update_ratio={self.kernel_update_ratio!r} is not allowed: it must be < 1, and splits at least 2 "
+                    f"particles (n_actor_particles={self.n_actor_particles}) of a kernel other than 'delta'"
+                )
+        if self.kernel == "delta" and self.repulsion == "kernel":
+            raise ValueError("repulsion='kernel' is not allowed with kernel='delta', which has none: it must be 'density'")
+        if self.policy_kwargs.get("smoothing") == "none" and self.repulsion == "density":
+            raise ValueError(
+                "repulsion='density' is not allowed with smoothing='none', which has no density: it must be 'kernel'"
+            )
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        self.actor_lr_schedule = None if self.actor_learning_rate is None else FloatSchedule(self.actor_learning_rate)
+        self.ent_coef_lr_schedule = FloatSchedule(self.ent_coef_learning_rate)
+
+    def _setup_model(self) -> None:
+        # here, not in the constructor: load() fills in the arguments later
+        self._check_arguments()
+        check_action_space(self.action_space)
+        super()._setup_model()
+        self._create_aliases()
+        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        if self.target_entropy == "auto":
+            self.target_entropy = -float(math.prod(self.action_space.shape))
+        if isinstance(self.ent_coef, str):
+            initial_value = float(self.ent_coef.removeprefix("auto").removeprefix("_") or 1.0)
+            # The log is what is optimized, as in SAC
+            self.log_ent_coef = th.full((1,), math.log(initial_value), device=self.device, requires_grad=True)
+            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.ent_coef_lr_schedule(1))
+
+    def _create_aliases(self) -> None:
+        self.actor = self.policy.actor
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Sample the replay buffer and update critics, actor, temperature and target networks.
+
+        :param gradient_steps: Number of gradient steps
+        :param batch_size: Minibatch size
+        """
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+        annealing = self._annealing()
+        stats: dict[str, th.Tensor] = {}
+
+        for _ in range(gradient_steps):
+            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            ent_coef = self._ent_coef_tensor()
+            step_stats = self._update_critic(replay_data, ent_coef)
+            step_stats |= self._update_actor(replay_data.observations, ent_coef, ent_coef * annealing)
+            if self.ent_coef_optimizer is not None:
+                step_stats |= self._update_ent_coef(step_stats["entropy"])
+            step_stats["ent_coef"] = ent_coef
+            for key, value in step_stats.items():
+                stats[key] = stats[key] + value if key in stats else value
+
+            self._n_updates += 1
+            if self._n_updates % self.target_update_interval == 0:
+                polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+                # Copy running stats, see https://github.com/DLR-RM/stable-baselines3/issues/996
+                polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+        self._log_stats(stats, gradient_steps)
+
+    def _update_critic(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+        """One step of the critics towards r + gamma V(s')."""
+        # For n-step replay, discount factor is gamma**n_steps (when no early termination)
+        discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
+        with th.no_grad():
+            next_obs = replay_data.next_observations
+            u, log_prob_a = self._propose(next_obs, self.n_value_particles)
+            next_q_values = self._min_q_values(self.critic_target, next_obs, u)
+            next_values = soft_value(next_q_values, log_prob_a, ent_coef).unsqueeze(1)
+            target = replay_data.rewards + (1 - replay_data.dones) * discounts * next_values
+            sample_size = effective_sample_size(next_q_values, log_prob_a, ent_coef).mean()
+
+        q_values = th.stack(self.critic(replay_data.observations, replay_data.actions))
+        critic_loss = 0.5 * F.mse_loss(q_values, target.expand_as(q_values), reduction="sum") / len(target)
+
+        self.critic.optimizer.zero_grad()
+        critic_loss.backward()
+        self.critic.optimizer.step()
+        return {"critic_loss": critic_loss.detach(), "q_value": q_values.detach().mean(), "effective_sample_size": sample_size}
+
+    def _update_actor(self, obs: PyTorchObs, ent_coef: th.Tensor, hot_ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+        """One step of the sampler along the Stein direction."""
+        actor = self.actor
+        obs = _slice(obs, 0, self.n_actor_states)
+        features = actor.extract_features(obs, actor.features_extractor)
+        n_particles = self.n_actor_particles
+        mean, log_std = actor.particles(features, actor.noise(len(features), n_particles))
+        # (batch_size, n_particles, action_dim), u = mean + offset
+        offset = th.zeros_like(mean) if actor.smoothing == "none" else th.exp(log_std) * th.randn_like(mean)
+        u = (mean + offset).detach().requires_grad_(True)
+
+        q_values = self._min_q_values(self.critic, obs, u)
+        (q_force,) = th.autograd.grad(q_values.sum(), u)
+        with th.no_grad():
+            u = u.detach()
+            log_prob, score = mixture_log_prob(u, mean, log_std)
+            kernel_force = q_force + hot_ent_coef * tanh_log_det_grad(u)
+            density_force = kernel_force - hot_ent_coef * score
+            by_density = self.repulsion == "density"
+            n_fixed = 0 if self.kernel_update_ratio is None else n_particles - self._n_updated_particles
+            phi = stein_direction(
+                particles=u[:, :n_fixed] if n_fixed else u,
+                force=(density_force if by_density else kernel_force)[:, : n_fixed or None],
+                updated=u[:, n_fixed:] if n_fixed else None,
+                kernel=self.kernel,
+                bandwidth=None if isinstance(self.bandwidth, str) else self.bandwidth,
+                repulsion=0.0 if by_density else hot_ent_coef,
+            )
+            entropy = (tanh_log_det(u) - log_prob).mean()
+
+        # The gradient of -<stop_gradient(phi), u> is eq. (14). The centres move together, through the kernel; how wide
+        # each one is smoothed is its own business, the same direction with a kernel of bandwidth 0.
+        actor_loss = -(phi * mean[:, n_fixed:]).sum(dim=2).mean()
+        if actor.smoothing == "learned":
+            actor_loss = actor_loss - (density_force * offset).sum(dim=2).mean() / n_particles
+
+        actor.optimizer.zero_grad()
+        actor_loss.backward()
+        actor.optimizer.step()
+        spread = u.std(dim=1).mean() if n_particles > 1 else th.zeros_like(entropy)
+        # the quantity that the actor maximizes, with the sign of a loss
+        loss = -(q_values.detach().mean() + ent_coef * entropy)
+        return {"actor_loss": loss, "entropy": entropy, "particle_std": spread, "smoothing_std": log_std.detach().exp().mean()}
+
+    def _update_ent_coef(self, entropy: th.Tensor) -> dict[str, th.Tensor]:
+        """One step of the temperature: up while the policy's entropy is below its target, down while it is above."""
+        assert self.log_ent_coef is not None
+        assert self.ent_coef_optimizer is not None
+        assert isinstance(self.target_entropy, float)
+        ent_coef_loss = (self.log_ent_coef * (entropy - self.target_entropy)).mean()
+        self.ent_coef_optimizer.zero_grad()
+        ent_coef_loss.backward()
+        self.ent_coef_optimizer.step()
+        return {"ent_coef_loss": ent_coef_loss.detach()}
+
+    def _propose(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Draw the particles of the soft value.
+
+        :param obs: Observations
+        :param n_particles: Number of particles per observation
+        :return: Pre-tanh actions, shape (batch_size, n_particles, action_dim), and the proposal's log-density over the
+            normalised box, shape (batch_size, n_particles)
+        """
+        actor = self.actor
+        features = actor.extract_features(obs, actor.features_extractor)
+        n_uniform = {"policy": 0, "mixture": n_particles // 2, "uniform": n_particles}[self.proposal]
+        n_policy = n_particles - n_uniform
+        uniform = th.rand(len(features), n_uniform, actor.action_dim, device=features.device)
+        u_uniform = th.atanh((2 * uniform - 1).clamp(-1 + 1e-6, 1 - 1e-6))
+        log_uniform = uniform_log_prob(actor.action_dim)
+        if n_policy == 0:
+            return u_uniform, th.full_like(u_uniform[..., 0], log_uniform)
+        mean, log_std = actor.particles(features, actor.noise(len(features), n_policy))
+        # stratified: one particle from each component
+        u = th.cat([mean + th.exp(log_std) * th.randn_like(mean), u_uniform], dim=1)
+        log_prob_a = mixture_log_prob(u, mean, log_std)[0] - tanh_log_det(u)
+        if n_uniform > 0:
+            # the density of the whole mixture serves every particle
+            log_share = math.log(n_policy / n_particles), math.log(n_uniform / n_particles)
+            log_prob_a = th.logaddexp(log_prob_a + log_share[0], th.full_like(log_prob_a, log_uniform + log_share[1]))
+        return u, log_prob_a
+
+    @staticmethod
+    def _min_q_values(critic: ParticleCritic, obs: PyTorchObs, u: th.Tensor) -> th.Tensor:
+        """Minimum over the critics at pre-tanh actions u, shape (batch_size, n_particles)."""
+        with th.no_grad():
+            features = critic.features(obs)
+        return critic.q_values(features, th.tanh(u)).amin(dim=0)
+
+    @property
+    def _n_updated_particles(self) -> int:
+        assert self.kernel_update_ratio is not None
+        return min(max(round(self.n_actor_particles * self.kernel_update_ratio), 1), self.n_actor_particles - 1)
+
+    def _ent_coef_tensor(self) -> th.Tensor:
+        """Current temperature, shape (1,), on the device."""
+        if self.log_ent_coef is not None:
+            return th.exp(self.log_ent_coef.detach())
+        return th.full((1,), FloatSchedule(self.ent_coef)(self._current_progress_remaining), device=self.device)  # type: ignore[arg-type]
+
+    def _annealing(self) -> float:
+        if isinstance(self.annealing, str):
+            return 1.0 if self.log_ent_coef is not None else ANNEALING(self._current_progress_remaining)
+        return FloatSchedule(self.annealing)(self._current_progress_remaining)
+
+    def _update_learning_rates(self) -> None:
+        progress_remaining = self._current_progress_remaining
+        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        if self.actor_lr_schedule is not None:
+            update_learning_rate(self.actor.optimizer, self.actor_lr_schedule(progress_remaining))
+        if self.ent_coef_optimizer is not None:
+            update_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(progress_remaining))
+
+    def _log_stats(self, stats: dict[str, th.Tensor], gradient_steps: int) -> None:
+        """Average over the gradient steps, read from the device once, checked to be finite."""
+        means = th.stack([value.reshape(()) for value in stats.values()]).div(gradient_steps).tolist()
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for key, value in zip(stats, means, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{key} became {value} after {self._n_updates} updates, at step {self.num_timesteps}: training stopped. "
+                    "Lower learning rates, or normalised observations and rewards (VecNormalize), may help."
+                )
+            self.logger.record_mean(f"train/{key}", value)
+
+    # ------------------------------------------------------------------ what a maximum-entropy agent can be asked
+
+    def sample_actions(self, obs: np.ndarray | dict[str, np.ndarray], n: int) -> np.ndarray:
+        """
+        Independent draws from the policy.
+
+        :param obs: One observation or a batch
+        :param n: Number of actions per observation
+        :return: Actions in the environment's units, shape (batch_size, n, action_dim); without the first axis for a
+            single observation
+        """
+        check_integer("n", n, 1)
+        obs_tensor, vectorized = self._query(obs)
+        with th.no_grad():
+            actions = th.tanh(self.actor.sample(obs_tensor, n)).cpu().numpy()
+        actions = self.policy.unscale_action(actions.reshape(*actions.shape[:2], *self.action_space.shape))
+        return actions if vectorized else actions[0]
+
+    def log_prob(
+        self, obs: np.ndarray | dict[str, np.ndarray], actions: np.ndarray, n_particles: int = N_QUERY_PARTICLES
+    ) -> np.ndarray:
+        """
+        Log-density of the policy, log pi(a|s), estimated from particles.
+
+        :param obs: One observation or a batch
+        :param actions: Actions in the environment's units: one per observation, shape (batch_size, action_dim), or
+            several, shape (batch_size, n, action_dim), as :meth:`sample_actions` returns them
+        :param n_particles: Number of particles in the estimate, whose bias falls as 1 / ``n_particles``
+        :return: In nats over the environment's action box, shape (batch_size,) or (batch_size, n)
+        """
+        check_integer("n_particles", n_particles, 1)
+        obs_tensor, vectorized = self._query(obs)
+        a, squeeze = self._actions_to_tensor(actions, vectorized)
+        # the tanh of no finite u is 1
+        limit = 1.0 - th.finfo(a.dtype).eps
+        u = th.atanh(a.clamp(-limit, limit))
+        with th.no_grad():
+            mean, log_std = self._density(obs_tensor, n_particles)
+            log_prob = th.cat(
+                [
+                    mixture_log_prob(*x)[0] - tanh_log_det(x[0])
+                    for x in zip(u.split(1), mean.split(1), log_std.split(1), strict=True)
+                ]
+            )
+        return self._answer(log_prob - self._log_scale, vectorized, squeeze)
+
+    def entropy(self, obs: np.ndarray | dict[str, np.ndarray], n_particles: int = N_QUERY_PARTICLES) -> np.ndarray:
+        """
+        Differential entropy of the policy, -E log pi(a|s), estimated from particles.
+
+        :param obs: One observation or a batch
+        :param n_particles: Number of particles in the estimate, a lower bound in expectation that tightens with it
+        :return: In nats over the environment's action box, shape (batch_size,)
+        """
+        check_integer("n_particles", n_particles, 1)
+        obs_tensor, vectorized = self._query(obs)
+        with th.no_grad():
+            entropies = []
+            for mean, log_std in zip(*(x.split(1) for x in self._density(obs_tensor, n_particles)), strict=True):
+                u = mean + th.exp(log_std) * th.randn_like(mean)
+                entropies.append((tanh_log_det(u) - mixture_log_prob(u, mean, log_std)[0]).mean(dim=1))
+        return self._answer(th.cat(entropies) + self._log_scale, vectorized)
+
+    def q_values(self, obs: np.ndarray | dict[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
+        """
+        Soft Q-values, the minimum over the critics.
+
+        :param obs: One observation or a batch
+        :param actions: Actions in the environment's units, shape (batch_size, action_dim) or (batch_size, n, action_dim)
+        :return: Shape (batch_size,) or (batch_size, n)
+        """
+        obs_tensor, vectorized = self._query(obs)
+        a, squeeze = self._actions_to_tensor(actions, vectorized)
+        with th.no_grad():
+            q_values = self.critic.q_values(self.critic.features(obs_tensor), a).amin(dim=0)
+        return self._answer(q_values, vectorized, squeeze)
+
+    def soft_value(self, obs: np.ndarray | dict[str, np.ndarray], n_particles: int = N_QUERY_PARTICLES) -> np.ndarray:
+        """
+        Soft value V(s) = alpha log integral exp(Q(s, a) / alpha) da over the environment's action box, estimated from
+        particles of the configured proposal. With it log pi = (Q - V) / alpha holds between :meth:`log_prob`,
+        :meth:`q_values` and this method, as far as the policy has converged. (Training uses the normalised box (-1, 1)^d,
+        which shifts V by the constant alpha sum_i log((high_i - low_i) / 2), zero for bounds of -1 and 1.)
+
+        :param obs: One observation or a batch
+        :param n_particles: Number of particles in the estimate, a lower bound in expectation that tightens with it
+        :return: Shape (batch_size,)
+        """
+        check_integer("n_particles", n_particles, 1)
+        obs_tensor, vectorized = self._query(obs)
+        ent_coef = self._ent_coef_tensor()
+        values = []
+        with th.no_grad():
+            for i in range(_batch_size(obs_tensor)):
+                row = _slice(obs_tensor, i, i + 1)
+                u, log_prob_a = self._propose(row, n_particles)
+                values.append(soft_value(self._min_q_values(self.critic, row, u), log_prob_a, ent_coef))
+        return self._answer(th.cat(values) + ent_coef * self._log_scale, vectorized)
+
+    def _query(self, obs: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
+        """Observations on the device, and whether they came as a batch; networks in evaluation mode."""
+        self.policy.set_training_mode(False)
+        return self.policy.obs_to_tensor(obs)
+
+    def _density(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
+        """Components of the policy's density, shapes (batch_size, n_particles, action_dim)."""
+        features = self.actor.extract_features(obs, self.actor.features_extractor)
+        return self.actor.particles(features, self.actor.noise(len(features), n_particles))
+
+    def _actions_to_tensor(self, actions: np.ndarray, vectorized: bool) -> tuple[th.Tensor, bool]:
+        """Normalised actions, shape (batch_size, n, action_dim), and whether n was left out."""
+        actions = np.asarray(actions)
+        actions = actions if vectorized else actions[None]
+        shape = self.action_space.shape
+        n_axes = actions.ndim - len(shape)
+        if n_axes not in (1, 2) or actions.shape[n_axes:] != shape:
+            raise ValueError(
+                f"actions of shape {actions.shape} do not fit: expected (batch_size, *{shape}) or (batch_size, n, *{shape})"
+            )
+        a = self.policy.scale_action(actions).reshape(len(actions), -1, self.actor.action_dim)
+        return th.as_tensor(a, dtype=th.float32, device=self.device), n_axes == 1
+
+    @property
+    def _log_scale(self) -> float:
+        """Log of the volume of the environment's action box over that of (-1, 1)^d."""
+        return float(np.log((self.action_space.high - self.action_space.low) / 2.0).sum())
+
+    @staticmethod
+    def _answer(values: th.Tensor, vectorized: bool, squeeze: bool = False) -> np.ndarray:
+        array = (values.squeeze(1) if squeeze else values).cpu().numpy()
+        return array if vectorized else array[0]
+
+    def learn(
+        self: SelfSoftQ,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "SoftQ",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfSoftQ:
+        return super().learn(
+            # SB3 compares it with a step count: let 1e6 be written as it is spoken
+            total_timesteps=int(total_timesteps),
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
+        if self.ent_coef_optimizer is None:
+            return state_dicts, []
+        return [*state_dicts, "ent_coef_optimizer"], ["log_ent_coef"]
+
+
+def _slice(obs: PyTorchObs, start: int, stop: int) -> PyTorchObs:
+    return {key: value[start:stop] for key, value in obs.items()} if isinstance(obs, dict) else obs[start:stop]
+
+
+def _batch_size(obs: PyTorchObs) -> int:
+    return len(next(iter(obs.values())) if isinstance(obs, dict) else obs)

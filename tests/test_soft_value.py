@@ -1,0 +1,186 @@
+"""soft_value.py against quadrature and autograd, in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate, stats
+
+from sb3_softq.soft_value import (
+    effective_sample_size,
+    local_log_std,
+    mixture_log_prob,
+    mixture_mode,
+    soft_value,
+    tanh_log_det,
+    uniform_log_prob,
+)
+
+ALPHA = 0.4
+
+
+def q_function(a):
+    """Two bumps and a slope, in any dimension."""
+    return th.cos(3.0 * a).sum(dim=-1) + 0.5 * a[..., 0]
+
+
+def log_z(dim):
+    """log integral exp(Q / alpha) over the box, by quadrature."""
+
+    def density(*a):
+        return math.exp(q_function(th.tensor(a, dtype=th.float64)).item() / ALPHA)
+
+    value, _ = integrate.nquad(density, [(-1, 1)] * dim, opts={"epsabs": 1e-6, "epsrel": 1e-6})
+    return math.log(value)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize(
+    ("proposal", "n_particles"), [("policy", 1), ("policy", 4), ("uniform", 1), ("uniform", 4), ("mixture", 2), ("mixture", 5)]
+)
+def test_unbiased_and_lower_bound(dim, n_particles, proposal):
+    """E exp(V / alpha) = Z and E V <= alpha log Z, for the agent's own proposals on a known Q."""
+    agent = make_agent(dim, proposal)
+    th.manual_seed(1)
+    n_states = 100_000
+    with th.no_grad():
+        u, log_prob_a = agent._propose(th.zeros(n_states, 1), n_particles)
+    u, log_prob_a = u.double(), log_prob_a.double()
+    v = soft_value(q_function(th.tanh(u)), log_prob_a, ALPHA)
+    ratio = th.exp(v / ALPHA - log_z(dim))
+    standard_error = ratio.std().item() / math.sqrt(n_states)
+    assert standard_error < 0.03
+    assert abs(ratio.mean().item() - 1.0) < 4 * standard_error
+    assert v.mean().item() < ALPHA * log_z(dim)
+
+
+def make_agent(dim, proposal):
+    import gymnasium as gym
+    from gymnasium import spaces
+
+    from sb3_softq import SoftQ
+
+    class OneState(gym.Env):
+        observation_space = spaces.Box(-1, 1, (1,), dtype=np.float32)
+        action_space = spaces.Box(-1, 1, (dim,), dtype=np.float32)
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(1, dtype=np.float32), {}
+
+        def step(self, action):
+            return np.zeros(1, dtype=np.float32), 0.0, True, False, {}
+
+    return SoftQ("MlpPolicy", OneState(), proposal=proposal, seed=0, buffer_size=10, policy_kwargs={"log_std_init": 0.5})
+
+
+def test_value_rises_with_the_number_of_particles():
+    agent = make_agent(2, "policy")
+    th.manual_seed(0)
+    values = []
+    for n_particles in (1, 4, 16, 64, 256):
+        with th.no_grad():
+            u, log_prob_a = agent._propose(th.zeros(2_000, 1), n_particles)
+        values.append(soft_value(q_function(th.tanh(u)), log_prob_a, ALPHA).mean().item())
+    assert values == sorted(values)
+    assert values[-1] == pytest.approx(ALPHA * log_z(2), abs=0.05)
+
+
+def test_one_particle_is_sacs_target():
+    q_values, log_prob = th.randn(2, 7, 1, dtype=th.float64)
+    th.testing.assert_close(soft_value(q_values, log_prob, 0.3), (q_values - 0.3 * log_prob).squeeze(1))
+
+
+def test_exact_with_the_boltzmann_proposal():
+    """If the proposal is exp((Q - V) / alpha), one particle gives V exactly, and every particle counts."""
+    log_prob = th.randn(5, 6, dtype=th.float64)
+    q_values = ALPHA * log_prob + 1.7
+    th.testing.assert_close(soft_value(q_values, log_prob, ALPHA), th.full((5,), 1.7, dtype=th.float64))
+    th.testing.assert_close(effective_sample_size(q_values, log_prob, ALPHA), th.full((5,), 6.0, dtype=th.float64))
+
+
+def test_effective_sample_size_of_one_dominant_particle():
+    q_values = th.tensor([[1000.0, 0.0, 0.0]])
+    assert effective_sample_size(q_values, th.zeros(1, 3), 1.0).item() == pytest.approx(1.0)
+
+
+def test_mixture_against_scipy_and_autograd():
+    th.manual_seed(0)
+    u, mean, log_std = th.randn(3, 2, 4, 3, dtype=th.float64)
+    u = u.requires_grad_(True)
+    log_prob, score = mixture_log_prob(u, mean, log_std)
+    for b in range(2):
+        for i in range(4):
+            density = np.mean(
+                [
+                    stats.multivariate_normal(mean[b, k].numpy(), np.diag(np.exp(2 * log_std[b, k].numpy()))).pdf(
+                        u[b, i].detach().numpy()
+                    )
+                    for k in range(4)
+                ]
+            )
+            assert log_prob[b, i].item() == pytest.approx(math.log(density), rel=1e-9)
+    (grad,) = th.autograd.grad(log_prob.sum(), u)
+    th.testing.assert_close(score.detach(), grad)
+
+
+def test_tanh_log_det_is_exact_and_survives_saturation():
+    u = th.linspace(-5, 5, 41, dtype=th.float64).unsqueeze(1)
+    th.testing.assert_close(tanh_log_det(u), th.log(1 - th.tanh(u) ** 2).squeeze(1))
+    far = th.tensor([[30.0], [-500.0]])
+    th.testing.assert_close(tanh_log_det(far), 2 * math.log(2) - 2 * far.abs().squeeze(1))
+
+
+def test_density_over_actions_integrates_to_one():
+    mean = th.tensor([[[-1.0], [0.8]]], dtype=th.float64)
+    log_std = th.tensor([[[-1.0], [0.3]]], dtype=th.float64)
+
+    def density(a):
+        u = th.atanh(th.tensor([[[a]]], dtype=th.float64))
+        return th.exp(mixture_log_prob(u, mean, log_std)[0] - tanh_log_det(u)).item()
+
+    assert integrate.quad(density, -1, 1, points=[-0.8, 0.7])[0] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_uniform_log_prob():
+    assert uniform_log_prob(3) == pytest.approx(stats.uniform(-1, 2).logpdf(0.2) * 3)
+
+
+def test_mode_is_the_mean_of_one_and_a_peak_of_two():
+    one = mixture_mode(th.tensor([[[0.3, -0.2]]]), th.zeros(1, 1, 2))
+    th.testing.assert_close(one, th.tensor([[0.3, -0.2]]))
+    mean = th.tensor([[[-1.0], [-0.9], [-1.1], [1.0], [1.1]]], dtype=th.float64)
+    log_std = th.full_like(mean, math.log(0.1))
+    grid = th.linspace(-2, 2, 4001, dtype=th.float64).reshape(1, -1, 1)
+    peak = grid[0, mixture_log_prob(grid, mean, log_std)[0].argmax()].item()
+    assert mixture_mode(mean, log_std, n_steps=20).item() == pytest.approx(peak, abs=2e-3)
+
+
+def test_local_bandwidth_follows_the_nearest_neighbour():
+    mean = th.tensor([[[0.0, 0.0], [0.1, 0.0], [5.0, 0.0]]])
+    std = th.exp(local_log_std(mean))[0, :, 0]
+    th.testing.assert_close(std, th.tensor([0.7 * 0.1 / math.sqrt(2), 0.7 * 0.1 / math.sqrt(2), 1.0]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    q_scale=st.sampled_from([0.0, 1.0, 1e6]),
+    u_scale=st.sampled_from([0.0, 1.0, 50.0]),
+    log_std=st.sampled_from([-5.0, 0.0, 1.0]),
+    n=st.integers(1, 6),
+    dim=st.integers(1, 60),
+    ent_coef=st.sampled_from([1e-3, 1.0, 10.0]),
+)
+def test_finite_at_extremes(q_scale, u_scale, log_std, n, dim, ent_coef):
+    th.manual_seed(0)
+    mean = u_scale * th.randn(2, n, dim)
+    log_std_ = th.full_like(mean, log_std)
+    u = mean + th.exp(log_std_) * th.randn_like(mean)
+    log_prob, score = mixture_log_prob(u, mean, log_std_)
+    log_prob_a = log_prob - tanh_log_det(u)
+    value = soft_value(q_scale * th.randn(2, n), log_prob_a, ent_coef)
+    for tensor in (log_prob, score, log_prob_a, value, mixture_mode(mean, log_std_)):
+        assert th.isfinite(tensor).all()
+    assert th.isfinite(local_log_std(mean)).all()
