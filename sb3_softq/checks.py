@@ -1,8 +1,9 @@
 """Checks of constructor arguments: a ValueError names the argument, its value and what is allowed."""
 
 import difflib
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -67,13 +68,14 @@ def check_schedule(name: str, value: float | Schedule, low: float, open_low: boo
         )
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """
     :param name: Name of the argument
     :param value: Its value
     :param choices: The names allowed
     :raises ValueError: if the value is none of them, with the nearest one
     """
+    choices = list(choices)
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -99,6 +101,23 @@ def check_auto(name: str, value: str, with_initial_value: bool) -> None:
     raise _refuse(name, value, allowed)
 
 
+def check_keywords(name: str, keywords: Iterable[str], cls: type) -> None:
+    """
+    :param name: Name of the argument that holds the keyword arguments
+    :param keywords: Their names
+    :param cls: Class that they are for
+    :raises ValueError: if the constructor of the class does not know one of them, with the nearest one
+    """
+    known: list[str] = []
+    for base in cls.__mro__:
+        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        known += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    for keyword in keywords:
+        check_choice(f"key of {name}", keyword, [k for k in known if k != "self"])
+
+
 def check_action_space(space: spaces.Box) -> None:
     """
     :param space: Action space of the environment
@@ -109,3 +128,19 @@ def check_action_space(space: spaces.Box) -> None:
         raise _refuse(
             "action_space", space, "a Box with finite bounds, low < high in every dimension, and at least one dimension"
         )
+
+
+def check_finite(name: str, batch: np.ndarray | dict[str, np.ndarray], num_timesteps: int) -> None:
+    """
+    :param name: What the data is
+    :param batch: Data of one step, the first axis counts the environments
+    :param num_timesteps: Number of steps so far
+    :raises ValueError: if a value is NaN or infinite, naming the environment
+    """
+    for key, values in batch.items() if isinstance(batch, dict) else [("", batch)]:
+        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+            env_idx = int(np.argwhere(~np.isfinite(values))[0][0])
+            raise ValueError(
+                f"{name}{f' {key!r}' if key else ''} of environment {env_idx} is not finite at step {num_timesteps}: "
+                f"{values[env_idx]}. Training stopped before it was stored."
+            )

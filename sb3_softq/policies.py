@@ -41,12 +41,17 @@ def particle_forward(net: nn.Sequential, features: th.Tensor, particles: th.Tens
     layers = iter(net)
     first = next(layers)
     assert isinstance(first, nn.Linear)
+    if particles.shape[1] == 1:
+        return net(th.cat([features, particles.squeeze(1)], dim=1)).unsqueeze(1).float()
     weight_state, weight_particle = first.weight.split([features.shape[1], particles.shape[2]], dim=1)
     state_part = F.linear(features, weight_state, first.bias)
-    hidden = F.linear(particles, weight_particle) + state_part.unsqueeze(1)
+    # In place: the backward pass of a linear layer does not need its output, and a fresh block of megabytes
+    # costs more than the addition itself
+    hidden = F.linear(particles, weight_particle).add_(state_part.unsqueeze(1))
     for layer in layers:
-        hidden = layer(hidden)
-    return hidden
+        hidden = hidden.relu_() if type(layer) is nn.ReLU else layer(hidden)
+    # what follows wants more digits than bfloat16 has
+    return hidden.float()
 
 
 class SamplingActor(BasePolicy):
@@ -368,8 +373,16 @@ class CnnPolicy(SoftQPolicy):
     SoftQ's policy for images: :class:`SoftQPolicy` with ``NatureCNN`` as its default features extractor.
     """
 
-    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any):
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
+        **kwargs: Any,
+    ):
+        kwargs["features_extractor_class"] = features_extractor_class
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
 
 class MultiInputPolicy(SoftQPolicy):
@@ -377,5 +390,13 @@ class MultiInputPolicy(SoftQPolicy):
     SoftQ's policy for Dict observations: :class:`SoftQPolicy` with ``CombinedExtractor`` as its default features extractor.
     """
 
-    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any):
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        **kwargs: Any,
+    ):
+        kwargs["features_extractor_class"] = features_extractor_class
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)

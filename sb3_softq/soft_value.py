@@ -31,26 +31,42 @@ def uniform_log_prob(action_dim: int) -> float:
     return -action_dim * math.log(2.0)
 
 
-def mixture_log_prob(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def mixture_log_prob(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> th.Tensor:
     """
-    Log-density and score of the sampler's density given K of its particles,
-    q(u|s) = 1/K sum_k N(u; mean_k, diag(std_k^2)).
+    Log-density of the sampler given K of its particles, q(u|s) = 1/K sum_k N(u; mean_k, diag(std_k^2)).
 
     :param u: Where to evaluate, shape (batch_size, n, action_dim)
     :param mean: Centres of the K components, shape (batch_size, K, action_dim)
     :param log_std: Log standard deviations, same shape as ``mean``
-    :return: log q(u|s), shape (batch_size, n), and its gradient with respect to u, same shape as ``u``
+    :return: log q(u|s), shape (batch_size, n)
     """
-    inv_std = th.exp(-log_std).unsqueeze(1)
-    # (batch_size, n, K, action_dim)
-    z = (u.unsqueeze(2) - mean.unsqueeze(1)) * inv_std
-    # (batch_size, 1, K)
-    log_norm = log_std.sum(dim=-1).unsqueeze(1) + 0.5 * u.shape[-1] * math.log(2.0 * math.pi) + math.log(mean.shape[1])
-    log_components = -0.5 * z.square().sum(dim=-1) - log_norm
+    return th.logsumexp(_components(u, mean, log_std)[0], dim=2)
+
+
+def mixture_log_prob_and_score(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    :func:`mixture_log_prob` and its gradient with respect to u, sum_k r_k (mean_k - u) / std_k^2 with the
+    responsibilities r_k of the components.
+
+    :param u: Where to evaluate, shape (batch_size, n, action_dim)
+    :param mean: Centres of the K components, shape (batch_size, K, action_dim)
+    :param log_std: Log standard deviations, same shape as ``mean``
+    :return: log q(u|s), shape (batch_size, n), and its gradient, same shape as ``u``
+    """
+    log_components, z, inv_std = _components(u, mean, log_std)
     log_prob = th.logsumexp(log_components, dim=2)
     responsibilities = th.exp(log_components - log_prob.unsqueeze(2)).unsqueeze(3)
-    score = -(responsibilities * z * inv_std).sum(dim=2)
-    return log_prob, score
+    return log_prob, -(z.mul_(inv_std).mul_(responsibilities)).sum(dim=2)
+
+
+def _components(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """log (1/K N(u; mean_k, std_k^2)), shape (batch_size, n, K), and z = (u - mean_k) / std_k, 1 / std_k."""
+    inv_std = th.exp(-log_std).unsqueeze(1)
+    # (batch_size, n, K, action_dim)
+    z = (u.unsqueeze(2) - mean.unsqueeze(1)).mul_(inv_std)
+    # (batch_size, 1, K)
+    log_norm = log_std.sum(dim=-1).unsqueeze(1) + (0.5 * u.shape[-1] * math.log(2.0 * math.pi) + math.log(mean.shape[1]))
+    return -0.5 * z.square().sum(dim=-1) - log_norm, z, inv_std
 
 
 def mixture_mode(mean: th.Tensor, log_std: th.Tensor, n_steps: int = 5) -> th.Tensor:
@@ -66,7 +82,7 @@ def mixture_mode(mean: th.Tensor, log_std: th.Tensor, n_steps: int = 5) -> th.Te
     """
     precision = th.exp(-2.0 * log_std)
     log_norm = log_std.sum(dim=-1)
-    densest = mixture_log_prob(mean, mean, log_std)[0].argmax(dim=1)
+    densest = mixture_log_prob(mean, mean, log_std).argmax(dim=1)
     u = mean[th.arange(len(mean), device=mean.device), densest]
     for _ in range(n_steps):
         log_components = -0.5 * ((u.unsqueeze(1) - mean).square() * precision).sum(dim=-1) - log_norm

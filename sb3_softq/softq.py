@@ -15,14 +15,28 @@ from stable_baselines3.common.utils import (
     FloatSchedule,
     LinearSchedule,
     get_parameters_by_name,
-    polyak_update,
     update_learning_rate,
 )
-from torch.nn import functional as F
 
-from sb3_softq.checks import check_action_space, check_auto, check_choice, check_integer, check_number, check_schedule
+from sb3_softq.checks import (
+    check_action_space,
+    check_auto,
+    check_choice,
+    check_finite,
+    check_integer,
+    check_keywords,
+    check_number,
+    check_schedule,
+)
 from sb3_softq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, ParticleCritic, SamplingActor, SoftQPolicy
-from sb3_softq.soft_value import effective_sample_size, mixture_log_prob, soft_value, tanh_log_det, uniform_log_prob
+from sb3_softq.soft_value import (
+    effective_sample_size,
+    mixture_log_prob,
+    mixture_log_prob_and_score,
+    soft_value,
+    tanh_log_det,
+    uniform_log_prob,
+)
 from sb3_softq.stein import KernelName, stein_direction, tanh_log_det_grad
 
 SelfSoftQ = TypeVar("SelfSoftQ", bound="SoftQ")
@@ -73,6 +87,8 @@ class SoftQ(OffPolicyAlgorithm):
     :param n_value_particles: Number K of particles per next state in the soft value
     :param n_actor_particles: Number of particles per state in an actor update
     :param n_actor_states: Number of states of the minibatch in an actor update, at most ``batch_size``
+    :param n_density_particles: Number of further particles per state that only help to evaluate the density of those
+        that move
     :param proposal: Where the particles of the soft value come from: ``"policy"``, ``"uniform"`` over the action box,
         or ``"mixture"``, half of each
     :param kernel: Kernel of the Stein step: ``"rbf"``, ``"imq"`` (inverse multiquadric) or ``"delta"`` (its limit of
@@ -88,6 +104,7 @@ class SoftQ(OffPolicyAlgorithm):
     :param actor_learning_rate: learning rate of the actor, float or function of the progress remaining;
         ``learning_rate`` by default
     :param ent_coef_learning_rate: learning rate of the log of the temperature, when it is learned
+    :param bfloat16: Whether matrix products of the updates are done in bfloat16, on hardware that has them fast
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -132,9 +149,10 @@ class SoftQ(OffPolicyAlgorithm):
         ent_coef: str | float | Schedule = "auto",
         target_entropy: str | float = "auto",
         target_update_interval: int = 1,
-        n_value_particles: int = 4,
+        n_value_particles: int = 2,
         n_actor_particles: int = 8,
-        n_actor_states: int = 64,
+        n_actor_states: int = 32,
+        n_density_particles: int = 24,
         proposal: ProposalName = "policy",
         kernel: KernelName = "rbf",
         bandwidth: str | float = "median",
@@ -142,7 +160,8 @@ class SoftQ(OffPolicyAlgorithm):
         kernel_update_ratio: float | None = None,
         annealing: str | float | Schedule = "auto",
         actor_learning_rate: float | Schedule | None = None,
-        ent_coef_learning_rate: float | Schedule = 3e-3,
+        ent_coef_learning_rate: float | Schedule = 1e-3,
+        bfloat16: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -183,6 +202,7 @@ class SoftQ(OffPolicyAlgorithm):
         self.n_value_particles = n_value_particles
         self.n_actor_particles = n_actor_particles
         self.n_actor_states = n_actor_states
+        self.n_density_particles = n_density_particles
         self.proposal = proposal
         self.kernel = kernel
         self.bandwidth = bandwidth
@@ -191,6 +211,7 @@ class SoftQ(OffPolicyAlgorithm):
         self.annealing = annealing
         self.actor_learning_rate = actor_learning_rate
         self.ent_coef_learning_rate = ent_coef_learning_rate
+        self.bfloat16 = bfloat16
         # Log of the temperature and its optimizer when it is learned
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef_optimizer: th.optim.Optimizer | None = None
@@ -206,6 +227,7 @@ class SoftQ(OffPolicyAlgorithm):
             check_integer(name, getattr(self, "_" * (name == "stats_window_size") + name), 1)
         for name in ("n_value_particles", "n_actor_particles", "n_actor_states"):
             check_integer(name, getattr(self, name), 1)
+        check_integer("n_density_particles", self.n_density_particles, 0)
         check_integer("learning_starts", self.learning_starts, 0)
         check_integer("gradient_steps", self.gradient_steps, -1)
         check_number("tau", self.tau, 0.0, 1.0)
@@ -238,6 +260,7 @@ class SoftQ(OffPolicyAlgorithm):
                 )
         if self.kernel == "delta" and self.repulsion == "kernel":
             raise ValueError("repulsion='kernel' is not allowed with kernel='delta', which has none: it must be 'density'")
+        check_keywords("policy_kwargs", self.policy_kwargs, self.policy_class)
         if self.policy_kwargs.get("smoothing") == "none" and self.repulsion == "density":
             raise ValueError(
                 "repulsion='density' is not allowed with smoothing='none', which has no density: it must be 'kernel'"
@@ -262,7 +285,7 @@ class SoftQ(OffPolicyAlgorithm):
             initial_value = float(self.ent_coef.removeprefix("auto").removeprefix("_") or 1.0)
             # The log is what is optimized, as in SAC
             self.log_ent_coef = th.full((1,), math.log(initial_value), device=self.device, requires_grad=True)
-            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.ent_coef_lr_schedule(1))
+            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.ent_coef_lr_schedule(1), fused=True)
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -287,8 +310,11 @@ class SoftQ(OffPolicyAlgorithm):
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
             ent_coef = self._ent_coef_tensor()
-            step_stats = self._update_critic(replay_data, ent_coef)
-            step_stats |= self._update_actor(replay_data.observations, ent_coef, ent_coef * annealing)
+            # One context per optimizer step: within one, autocast caches the weights' casts
+            with self._autocast():
+                step_stats = self._update_critic(replay_data, ent_coef)
+            with self._autocast():
+                step_stats |= self._update_actor(replay_data.observations, ent_coef, ent_coef * annealing)
             if self.ent_coef_optimizer is not None:
                 step_stats |= self._update_ent_coef(step_stats["entropy"])
             step_stats["ent_coef"] = ent_coef
@@ -297,11 +323,25 @@ class SoftQ(OffPolicyAlgorithm):
 
             self._n_updates += 1
             if self._n_updates % self.target_update_interval == 0:
-                polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
-                # Copy running stats, see https://github.com/DLR-RM/stable-baselines3/issues/996
-                polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+                self._update_target()
 
         self._log_stats(stats, gradient_steps)
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        raw_obs, raw_reward = new_obs, reward
+        if self._vec_normalize_env is not None:
+            raw_obs, raw_reward = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
+        check_finite("reward", raw_reward, self.num_timesteps)
+        check_finite("observation", raw_obs, self.num_timesteps)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def _update_critic(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the critics towards r + gamma V(s')."""
@@ -316,7 +356,7 @@ class SoftQ(OffPolicyAlgorithm):
             sample_size = effective_sample_size(next_q_values, log_prob_a, ent_coef).mean()
 
         q_values = th.stack(self.critic(replay_data.observations, replay_data.actions))
-        critic_loss = 0.5 * F.mse_loss(q_values, target.expand_as(q_values), reduction="sum") / len(target)
+        critic_loss = 0.5 * (q_values - target).square().sum(dim=0).mean()
 
         self.critic.optimizer.zero_grad()
         critic_loss.backward()
@@ -338,7 +378,10 @@ class SoftQ(OffPolicyAlgorithm):
         (q_force,) = th.autograd.grad(q_values.sum(), u)
         with th.no_grad():
             u = u.detach()
-            log_prob, score = mixture_log_prob(u, mean, log_std)
+            # More components than particles: they make the density true, and cost no evaluation of the critics
+            extra = actor.particles(features.detach(), actor.noise(len(features), self.n_density_particles))
+            components = (th.cat(pair, dim=1) for pair in zip((mean, log_std), extra, strict=True))
+            log_prob, score = mixture_log_prob_and_score(u, *components)
             kernel_force = q_force + hot_ent_coef * tanh_log_det_grad(u)
             density_force = kernel_force - hot_ent_coef * score
             by_density = self.repulsion == "density"
@@ -362,7 +405,7 @@ class SoftQ(OffPolicyAlgorithm):
         actor.optimizer.zero_grad()
         actor_loss.backward()
         actor.optimizer.step()
-        spread = u.std(dim=1).mean() if n_particles > 1 else th.zeros_like(entropy)
+        spread = (u - u.mean(dim=1, keepdim=True)).square().mean().sqrt()
         # the quantity that the actor maximizes, with the sign of a loss
         loss = -(q_values.detach().mean() + ent_coef * entropy)
         return {"actor_loss": loss, "entropy": entropy, "particle_std": spread, "smoothing_std": log_std.detach().exp().mean()}
@@ -377,6 +420,14 @@ class SoftQ(OffPolicyAlgorithm):
         ent_coef_loss.backward()
         self.ent_coef_optimizer.step()
         return {"ent_coef_loss": ent_coef_loss.detach()}
+
+    @th.no_grad()
+    def _update_target(self) -> None:
+        """Polyak update of the target critics, all tensors in one call."""
+        th._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
+        # Copy running stats, see https://github.com/DLR-RM/stable-baselines3/issues/996
+        for running, target in zip(self.batch_norm_stats, self.batch_norm_stats_target, strict=True):
+            target.copy_(running)
 
     def _propose(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -399,7 +450,7 @@ class SoftQ(OffPolicyAlgorithm):
         mean, log_std = actor.particles(features, actor.noise(len(features), n_policy))
         # stratified: one particle from each component
         u = th.cat([mean + th.exp(log_std) * th.randn_like(mean), u_uniform], dim=1)
-        log_prob_a = mixture_log_prob(u, mean, log_std)[0] - tanh_log_det(u)
+        log_prob_a = mixture_log_prob(u, mean, log_std) - tanh_log_det(u)
         if n_uniform > 0:
             # the density of the whole mixture serves every particle
             log_share = math.log(n_policy / n_particles), math.log(n_uniform / n_particles)
@@ -412,6 +463,9 @@ class SoftQ(OffPolicyAlgorithm):
         with th.no_grad():
             features = critic.features(obs)
         return critic.q_values(features, th.tanh(u)).amin(dim=0)
+
+    def _autocast(self) -> th.autocast:
+        return th.autocast(self.device.type, dtype=th.bfloat16, enabled=self.bfloat16)
 
     @property
     def _n_updated_particles(self) -> int:
@@ -489,7 +543,7 @@ class SoftQ(OffPolicyAlgorithm):
             mean, log_std = self._density(obs_tensor, n_particles)
             log_prob = th.cat(
                 [
-                    mixture_log_prob(*x)[0] - tanh_log_det(x[0])
+                    mixture_log_prob(*x) - tanh_log_det(x[0])
                     for x in zip(u.split(1), mean.split(1), log_std.split(1), strict=True)
                 ]
             )
@@ -509,7 +563,7 @@ class SoftQ(OffPolicyAlgorithm):
             entropies = []
             for mean, log_std in zip(*(x.split(1) for x in self._density(obs_tensor, n_particles)), strict=True):
                 u = mean + th.exp(log_std) * th.randn_like(mean)
-                entropies.append((tanh_log_det(u) - mixture_log_prob(u, mean, log_std)[0]).mean(dim=1))
+                entropies.append((tanh_log_det(u) - mixture_log_prob(u, mean, log_std)).mean(dim=1))
         return self._answer(th.cat(entropies) + self._log_scale, vectorized)
 
     def q_values(self, obs: np.ndarray | dict[str, np.ndarray], actions: np.ndarray) -> np.ndarray:

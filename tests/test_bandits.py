@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-import torch as th
 from stable_baselines3 import SAC
 
 from sb3_softq import SoftQ
-from tests.bandits import Bandit, boltzmann, conditional, rising, ring, shifted, total_variation, two_modes
+from tests.bandits import Bandit, boltzmann, conditional, ring, rising, shifted, total_variation, two_modes
 
 CASES = {
     "two_modes": Bandit(two_modes),

@@ -13,6 +13,7 @@ from sb3_softq.soft_value import (
     effective_sample_size,
     local_log_std,
     mixture_log_prob,
+    mixture_log_prob_and_score,
     mixture_mode,
     soft_value,
     tanh_log_det,
@@ -110,7 +111,7 @@ def test_mixture_against_scipy_and_autograd():
     th.manual_seed(0)
     u, mean, log_std = th.randn(3, 2, 4, 3, dtype=th.float64)
     u = u.requires_grad_(True)
-    log_prob, score = mixture_log_prob(u, mean, log_std)
+    log_prob, score = mixture_log_prob_and_score(u, mean, log_std)
     for b in range(2):
         for i in range(4):
             density = np.mean(
@@ -122,8 +123,9 @@ def test_mixture_against_scipy_and_autograd():
                 ]
             )
             assert log_prob[b, i].item() == pytest.approx(math.log(density), rel=1e-9)
-    (grad,) = th.autograd.grad(log_prob.sum(), u)
+    (grad,) = th.autograd.grad(mixture_log_prob(u, mean, log_std).sum(), u)
     th.testing.assert_close(score.detach(), grad)
+    th.testing.assert_close(mixture_log_prob(u, mean, log_std), log_prob)
 
 
 def test_tanh_log_det_is_exact_and_survives_saturation():
@@ -139,7 +141,7 @@ def test_density_over_actions_integrates_to_one():
 
     def density(a):
         u = th.atanh(th.tensor([[[a]]], dtype=th.float64))
-        return th.exp(mixture_log_prob(u, mean, log_std)[0] - tanh_log_det(u)).item()
+        return th.exp(mixture_log_prob(u, mean, log_std) - tanh_log_det(u)).item()
 
     assert integrate.quad(density, -1, 1, points=[-0.8, 0.7])[0] == pytest.approx(1.0, abs=1e-6)
 
@@ -154,7 +156,7 @@ def test_mode_is_the_mean_of_one_and_a_peak_of_two():
     mean = th.tensor([[[-1.0], [-0.9], [-1.1], [1.0], [1.1]]], dtype=th.float64)
     log_std = th.full_like(mean, math.log(0.1))
     grid = th.linspace(-2, 2, 4001, dtype=th.float64).reshape(1, -1, 1)
-    peak = grid[0, mixture_log_prob(grid, mean, log_std)[0].argmax()].item()
+    peak = grid[0, mixture_log_prob(grid, mean, log_std).argmax()].item()
     assert mixture_mode(mean, log_std, n_steps=20).item() == pytest.approx(peak, abs=2e-3)
 
 
@@ -178,7 +180,7 @@ def test_finite_at_extremes(q_scale, u_scale, log_std, n, dim, ent_coef):
     mean = u_scale * th.randn(2, n, dim)
     log_std_ = th.full_like(mean, log_std)
     u = mean + th.exp(log_std_) * th.randn_like(mean)
-    log_prob, score = mixture_log_prob(u, mean, log_std_)
+    log_prob, score = mixture_log_prob_and_score(u, mean, log_std_)
     log_prob_a = log_prob - tanh_log_det(u)
     value = soft_value(q_scale * th.randn(2, n), log_prob_a, ent_coef)
     for tensor in (log_prob, score, log_prob_a, value, mixture_mode(mean, log_std_)):

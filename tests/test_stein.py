@@ -46,9 +46,7 @@ def test_direction_is_equation_13(name, shared, bandwidth, repulsion):
         ]
         # torch's convention for an even number: the lower of the two
         h.append(bandwidth or sorted(pairs)[(len(pairs) - 1) // 2] / math.log(5))
-    phi = stein_direction(
-        particles, force, None if shared else updated, kernel=name, bandwidth=bandwidth, repulsion=repulsion
-    )
+    phi = stein_direction(particles, force, None if shared else updated, kernel=name, bandwidth=bandwidth, repulsion=repulsion)
     th.testing.assert_close(phi, oracle(particles, force, updated, name, h, repulsion), rtol=1e-10, atol=1e-12)
 
 
@@ -85,7 +83,7 @@ def test_actor_gradient_is_equation_14():
     u = net(xi)
     phi = stein_direction(u.detach(), force, repulsion=0.3)
     (-(phi * u).sum(dim=2).mean()).backward()
-    weight = net[0].weight
+    (weight, *_) = net.parameters()
     long_way = th.zeros_like(weight)
     for b in range(3):
         for i in range(4):

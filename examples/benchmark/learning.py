@@ -1,0 +1,310 @@
+"""
+Learning benchmark: SoftQ against SAC, TD3 and TQC over environments and seeds.
+
+    python examples/benchmark/learning.py run --algos softq sac td3 --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4 --seeds 0 1 2
+    python examples/benchmark/learning.py collect --name mujoco_100k
+    python examples/benchmark/learning.py report --csv examples/benchmark/results/mujoco_100k.csv
+
+A cell is one algorithm (or variant of it), environment and seed, trained in a process of its own with one torch thread by
+``train_cell.py``. ``run`` can be killed at any time: started again, it skips finished cells and continues the others from
+their checkpoints. A variant changes arguments of an algorithm and has a label of its own in the results:
+
+    python examples/benchmark/learning.py run --algos softq --set n_value_particles=8 --label softq-8-value-particles
+"""
+
+import argparse
+import ast
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# torch and Stable-Baselines3 are imported by train_cell.py only: this process waits beside busy cores
+
+ALGOS = ("softq", "sac", "td3", "tqc", "original")
+HERE = Path(__file__).parent
+LOGS = Path("logs/benchmark")
+
+COLUMNS = (
+    "label",
+    "algo",
+    "env",
+    "seed",
+    "step",
+    "deterministic_mean",
+    "deterministic_std",
+    "stochastic_mean",
+    "stochastic_std",
+    "q_value",
+    "q_bias",
+    "hours",
+    "entropy",
+    "temperature",
+    "effective_sample_size",
+    "particle_spread",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One training run.
+
+    :param label: Name in the results
+    :param algo: One of ``ALGOS``
+    :param env: Environment id
+    :param seed: Seed of training
+    :param steps: Number of training steps
+    :param eval_freq: Evaluate every this many steps
+    :param checkpoint_freq: Save a checkpoint every this many steps
+    :param changes: Arguments of the algorithm that differ from the benchmark's, ``policy_kwargs.x`` for those of the policy
+    :param logs: Folder of all cells
+    """
+
+    label: str
+    algo: str
+    env: str
+    seed: int
+    steps: int
+    eval_freq: int
+    checkpoint_freq: int
+    changes: dict[str, Any]
+    logs: str
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.env} seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.logs) / self.label / self.env / str(self.seed)
+
+    @property
+    def evaluations(self) -> Path:
+        return self.folder / "evaluations.csv"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.json"
+
+    @property
+    def model(self) -> Path:
+        """The trained agent. Written last: its presence says that the cell has finished."""
+        return self.folder / "model.zip"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must not differ between the sittings of a run."""
+        return {name: value for name, value in asdict(self).items() if name not in ("checkpoint_freq", "logs")}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        # A kill can cut the last row short
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All or nothing: the file is replaced in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------ run
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.label and len(args.algos) > 1:
+        sys.exit("--label names one variant: give one of --algos")
+    # seeds outermost: a benchmark that is stopped early has compared everything on the seeds it has
+    cells = [make_cell(args, algo, env, seed) for seed in args.seeds for env in args.envs for algo in args.algos]
+    waiting = []
+    for cell in cells:
+        if cell.config.exists():
+            check_same_run(cell)
+        if cell.model.exists():
+            print(f"{cell}: finished before, skipped")
+        else:
+            waiting.append(cell)
+
+    failed = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(train_in_process, cell): cell for cell in waiting}
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                cell, message = futures[future], future.result()
+                failed += not cell.model.exists()
+                print(f"[{done}/{len(waiting)}] {cell}: {message}", flush=True)
+        except KeyboardInterrupt:
+            print("Interrupted: the same command continues", flush=True)
+            # at once, without starting the cells that wait
+            os._exit(130)
+    if failed:
+        sys.exit(f"{failed} of {len(waiting)} cells failed")
+
+
+def make_cell(args: argparse.Namespace, algo: str, env: str, seed: int) -> Cell:
+    changes = dict(args.set)
+    label = args.label or "-".join([algo, *(f"{name}={value}" for name, value in changes.items())])
+    return Cell(
+        label=label.replace("/", "_"),
+        algo=algo,
+        env=env,
+        seed=seed,
+        steps=args.steps,
+        eval_freq=args.eval_freq or max(args.steps // 20, 1),
+        checkpoint_freq=args.checkpoint_freq,
+        changes=changes,
+        logs=str(args.logs),
+    )
+
+
+def check_same_run(cell: Cell) -> None:
+    before = json.loads(cell.config.read_text())
+    # through JSON, where tuples are lists
+    for name, value in json.loads(json.dumps(cell.identity)).items():
+        if before[name] != value:
+            sys.exit(
+                f"{cell.folder} holds a run with {name}={before[name]!r}, not {value!r}: "
+                "choose another --label, or remove the folder"
+            )
+
+
+def train_in_process(cell: Cell) -> str:
+    """
+    :return: How it ended, for the user
+    """
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    log = cell.folder / "log.txt"
+    with log.open("a") as file:
+        # train_cell.py stops when the other end of its standard input closes: no cell outlives this process
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "train_cell.py"), json.dumps(asdict(cell))],
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+    if process.returncode != 0 or not cell.model.exists():
+        tail = "".join(deque(log.open(), maxlen=15))
+        return f"FAILED with code {process.returncode}, the end of {log}:\n{tail}"
+    last = read_rows(cell.evaluations)[-1]
+    returns = f"{float(last['deterministic_mean']):.0f} deterministic, {float(last['stochastic_mean']):.0f} stochastic"
+    return f"finished after {float(last['hours']):.2f} h, return {returns}"
+
+
+# ------------------------------------------------------------------ collect
+
+
+def collect(args: argparse.Namespace) -> None:
+    rows: list[dict[str, str]] = []
+    unfinished = []
+    arguments: dict[tuple[str, str], set[str]] = {}
+    for path in sorted(args.logs.glob("*/*/*/evaluations.csv")):
+        label, env, seed = path.parts[-4:-1]
+        if (args.labels and label not in args.labels) or (args.envs and env not in args.envs):
+            continue
+        rows += read_rows(path)
+        config = json.loads((path.parent / "config.json").read_text())
+        arguments.setdefault((label, env), set()).add(json.dumps([config["arguments"], config["versions"]], sort_keys=True))
+        if not (path.parent / "model.zip").exists():
+            unfinished.append(f"{label} {env} seed {seed}")
+    if not rows:
+        sys.exit(f"There are no evaluations in {args.logs}")
+    for (label, env), variants in arguments.items():
+        if len(variants) > 1:
+            print(f"Warning: the seeds of {label} on {env} were trained with different arguments or versions (config.json)")
+    if unfinished:
+        print(f"Warning: unfinished: {', '.join(unfinished)}")
+    rows.sort(key=lambda row: (row["label"], row["env"], int(row["seed"]), int(row["step"])))
+    out = args.out / f"{args.name}.csv"
+    write_rows(out, rows)
+    print(f"{len(rows)} evaluations of {len({(row['label'], row['env'], row['seed']) for row in rows})} runs: {out}")
+
+
+# ------------------------------------------------------------------ command line
+
+
+def report(args: argparse.Namespace) -> None:
+    # here, not above: it needs packages that training does not
+    from report import make_report
+
+    make_report(args.csv, args.out or args.csv[0].with_suffix(""), args.labels, args.reference, args.returns, args.reps)
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def positive(text: str) -> int:
+    # through float, so that 1e6 is understood
+    number = int(float(text))
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subparsers = parser.add_subparsers(required=True)
+
+    command = subparsers.add_parser("run", help="train the cells that have not finished")
+    command.set_defaults(command=run)
+    command.add_argument("--algos", nargs="+", choices=ALGOS, default=["softq", "sac", "td3"])
+    command.add_argument("--envs", nargs="+", default=["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"])
+    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    command.add_argument("--steps", type=positive, default=100_000)
+    command.add_argument("--eval-freq", type=positive, help="steps between evaluations (default: steps / 20)")
+    command.add_argument("--checkpoint-freq", type=positive, default=25_000, help="steps between checkpoints")
+    command.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="cells at once (default: cores)")
+    command.add_argument("--set", nargs="+", type=parse_change, default=[], metavar="NAME=VALUE", help="change arguments")
+    command.add_argument("--label", help="name in the results (default: the algorithm and what --set changes)")
+    command.add_argument("--logs", type=Path, default=LOGS)
+
+    command = subparsers.add_parser("collect", help="merge the evaluations of all cells into one CSV")
+    command.set_defaults(command=collect)
+    command.add_argument("--name", required=True, help="name of the CSV")
+    command.add_argument("--labels", nargs="+", help="only these (default: all)")
+    command.add_argument("--envs", nargs="+", help="only these (default: all)")
+    command.add_argument("--logs", type=Path, default=LOGS)
+    command.add_argument("--out", type=Path, default=HERE / "results", help="folder of the CSV")
+
+    command = subparsers.add_parser("report", help="statistics and figures of a CSV")
+    command.set_defaults(command=report)
+    command.add_argument("--csv", type=Path, nargs="+", required=True, help="one or more, taken together")
+    command.add_argument("--out", type=Path, help="folder of the figures (default: beside the first CSV, of its name)")
+    command.add_argument("--labels", nargs="+", help="only these, in this order (default: all)")
+    command.add_argument("--reference", default="softq", help="label whose probability of improvement is computed")
+    command.add_argument("--returns", choices=("deterministic", "stochastic"), default="deterministic")
+    command.add_argument("--reps", type=positive, default=2000, help="bootstrap replications")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    args.command(args)
+
+
+if __name__ == "__main__":
+    main()

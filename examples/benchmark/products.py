@@ -1,0 +1,85 @@
+"""Matrix products of a training step: the time spent in them, and the time that this machine needs for them at best."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from torch.profiler import ProfilerActivity, profile
+
+# Operators that multiply matrices, and where their two factors stand among the inputs
+PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
+DTYPES = {"float": th.float32, "double": th.float64, "c10::BFloat16": th.bfloat16, "c10::Half": th.float16}
+
+
+class Product(NamedTuple):
+    """A matrix product: type and shapes of its factors."""
+
+    dtype: str
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * np.prod(self.left, dtype=float) * self.right[-1]
+
+
+@cache
+def peak_seconds(product: Product, n_threads: int, n_chunks: int = 9) -> float:
+    """The best time in which this machine computes one product, operands and result warm and reused."""
+    left, right = (th.ones(shape, dtype=DTYPES[product.dtype]) for shape in (product.left, product.right))
+    multiply: Callable[..., th.Tensor] = th.mm if left.ndim == 2 else th.bmm
+    out = multiply(left, right)
+    # long enough for the clock, short enough to fall between interruptions
+    n_calls = int(min(max(2e7 / max(product.flops, 1.0), 3), 300))
+    best = float("inf")
+    for _ in range(n_chunks):
+        start = time.perf_counter()
+        for _ in range(n_calls):
+            multiply(left, right, out=out)
+        best = min(best, (time.perf_counter() - start) / n_calls)
+    return best
+
+
+def profile_products(agent: OffPolicyAlgorithm, n_updates: int) -> tuple[Counter[Product], float]:
+    """The matrix products of some updates, and the seconds spent in them."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        agent.train(n_updates, 256)
+    products: Counter[Product] = Counter()
+    seconds = 0.0
+    for event in profiler.events() or []:
+        if event.name in PRODUCTS:
+            i = PRODUCTS[event.name]
+            left, right = (tuple(shape) for shape in event.input_shapes[i : i + 2])
+            products[Product(event.input_dtypes[i], left, right)] += 1
+            seconds += event.self_cpu_time_total * 1e-6
+    return products, seconds
+
+
+def measure_products(agent: OffPolicyAlgorithm, n_threads: int, n_updates: int, repeats: int = 3) -> dict[str, float]:
+    """
+    The budget of one update. The profiler slows what lies between the products, therefore the update is timed without it.
+    """
+    update_times, product_times = [], []
+    products: Counter[Product] = Counter()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        agent.train(n_updates, 256)
+        update_times.append((time.perf_counter() - start) / n_updates)
+        products, seconds = profile_products(agent, n_updates)
+        product_times.append(seconds / n_updates)
+    update, in_products = median(update_times), median(product_times)
+    at_peak = sum(count * peak_seconds(product, n_threads) for product, count in products.items()) / n_updates
+    return dict(
+        ms_per_update=update * 1e3,
+        ms_in_products=in_products * 1e3,
+        product_share=in_products / update,
+        gflops_in_products=sum(count * product.flops for product, count in products.items()) / n_updates / in_products / 1e9,
+        peak_share_in_products=at_peak / in_products,
+        peak_share_of_update=at_peak / update,
+    )

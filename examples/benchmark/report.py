@@ -1,0 +1,313 @@
+"""Statistics and figures of the learning benchmark, see ``learning.py report``."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+try:
+    import pandas as pd
+    from rliable import library, metrics
+    from scipy.stats import trim_mean
+except ImportError as error:
+    raise SystemExit(f"The report needs {error.name}: pip install 'sb3-softq[benchmark]'") from error
+
+# Normalised return: 0 is the random policy, 1 what the RL Zoo publishes for SAC after 1M steps (2M on Humanoid; v3 of the
+# environments, https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md). Random policy: mean of 100 episodes
+# of actions uniform over the box, v4, env.reset(seed=s) and env.action_space.seed(s), s = 10000 to 10099.
+RANDOM_RETURNS = {"HalfCheetah": -279.4, "Hopper": 16.8, "Walker2d": 2.5, "Ant": -40.6, "Humanoid": 125.1}
+REFERENCE_RETURNS = {"HalfCheetah": 9535.0, "Hopper": 2326.0, "Walker2d": 3863.0, "Ant": 4616.0, "Humanoid": 6232.0}
+
+COLOURS = {"softq": "C0", "sac": "C3", "td3": "C2", "tqc": "C1", "original": "0.45"}
+OTHER_COLOURS = ("C4", "C5", "C6", "C8", "C9", "navy", "darkgreen", "gold", "maroon", "black")
+DIAGNOSTICS = {
+    "q_bias": "Q - actual return",
+    "temperature": "temperature",
+    "entropy": "entropy (nats)",
+    "effective_sample_size": "effective sample size",
+    "particle_spread": "particle spread",
+}
+DPI = 90
+
+
+class Results:
+    """
+    Evaluations of several labels, and what can be compared of them.
+
+    :param csvs: Files written by ``learning.py collect``
+    :param labels: Labels to keep, all by default
+    :param reference: Label that comes first, if it is there
+    :param returns: ``"deterministic"`` or ``"stochastic"``
+    """
+
+    def __init__(self, csvs: list[Path], labels: list[str] | None, reference: str, returns: str):
+        self.rows = pd.concat([pd.read_csv(csv) for csv in csvs]).drop_duplicates(
+            ["label", "env", "seed", "step"], keep="last"
+        )
+        self.rows["return"] = self.rows[f"{returns}_mean"]
+        present = list(self.rows["label"].unique())
+        missing = sorted(set(labels or []) - set(present))
+        if missing:
+            raise SystemExit(f"{', '.join(missing)}: no such label, there are {', '.join(present)}")
+        known = [label for label in COLOURS if label in present]
+        order = labels or [*known, *(label for label in present if label not in known)]
+        self.labels = sorted(order, key=lambda label: label != reference)
+        self.rows = self.rows[self.rows["label"].isin(self.labels)]
+        self.envs: list[str] = list(self.rows["env"].unique())
+        others = iter(OTHER_COLOURS * len(self.labels))
+        self.colours = {label: COLOURS.get(label) or next(others) for label in self.labels}
+
+    def table(self, label: str, env: str, column: str = "return") -> Any:
+        """Values of one label in one environment: a row for each step that all its seeds have, a column per seed."""
+        rows = self.rows[(self.rows["label"] == label) & (self.rows["env"] == env)]
+        table = rows.pivot(index="step", columns="seed", values=column)
+        complete = rows.pivot(index="step", columns="seed", values="return").notna().all(axis=1)
+        return table[complete]
+
+    def scores(self) -> tuple[dict[str, np.ndarray], list[str], np.ndarray]:
+        """
+        Normalised returns where all labels can be compared.
+
+        :return: Array of shape (n_seeds, n_envs, n_steps) per label, the environments, the steps
+        """
+        envs = [
+            env
+            for env in self.envs
+            if env.partition("-")[0] in REFERENCE_RETURNS and all(len(self.table(label, env)) for label in self.labels)
+        ]
+        if not envs:
+            raise SystemExit("There is no environment with a reference return in which every label has been evaluated")
+        tables = {(label, env): self.table(label, env) for label in self.labels for env in envs}
+        steps = sorted(set.intersection(*(set(table.index) for table in tables.values())))
+        if not steps:
+            raise SystemExit("There is no step at which every label has been evaluated")
+        scores = {}
+        for label in self.labels:
+            seeds = sorted(set.intersection(*(set(tables[label, env].columns) for env in envs)))
+            if not seeds:
+                raise SystemExit(f"{label} has no seed in all of {', '.join(envs)}")
+            values = [normalise(tables[label, env].loc[steps, seeds].to_numpy().T, env) for env in envs]
+            scores[label] = np.stack(values, axis=1)
+        return scores, envs, np.array(steps)
+
+
+def normalise(returns: np.ndarray, env: str) -> np.ndarray:
+    name = env.partition("-")[0]
+    return (returns - RANDOM_RETURNS[name]) / (REFERENCE_RETURNS[name] - RANDOM_RETURNS[name])
+
+
+def estimate(
+    scores: dict[str, Any], function: Callable[..., np.ndarray], reps: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """rliable's point estimates and 95 % stratified bootstrap intervals, the same at each call."""
+    np.random.seed(0)  # rliable draws from the global generator
+    return library.get_interval_estimates(scores, function, reps=reps)
+
+
+def interquartile_mean(scores: np.ndarray) -> np.ndarray:
+    return np.array([metrics.aggregate_iqm(scores)])
+
+
+def interquartile_means(scores: np.ndarray) -> np.ndarray:
+    """``metrics.aggregate_iqm`` of all steps (the last axis) in one call."""
+    return trim_mean(scores.reshape(-1, scores.shape[-1]), proportiontocut=0.25, axis=0)
+
+
+def mean_band(values: np.ndarray, reps: int) -> np.ndarray:
+    """
+    95 % bootstrap band of the mean over seeds.
+
+    :param values: Shape (n_steps, n_seeds)
+    :return: Shape (2, n_steps)
+    """
+    draws = np.random.default_rng(0).integers(values.shape[1], size=(reps, values.shape[1]))
+    return np.percentile(values[:, draws].mean(axis=2), [2.5, 97.5], axis=1)
+
+
+def make_report(csvs: list[Path], out: Path, labels: list[str] | None, reference: str, returns: str, reps: int) -> None:
+    results = Results(csvs, labels, reference, returns)
+    scores, envs, steps = results.scores()
+    final = {label: values[..., -1] for label, values in scores.items()}
+    iqm = estimate(final, interquartile_mean, reps)
+    first, *others = results.labels
+    pairs = {label: (final[first], final[label]) for label in others}
+    improvement = estimate(pairs, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps)
+    efficiency = estimate(scores, interquartile_means, reps)
+
+    out.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "curves.png": plot_curves(results, returns, reps),
+        "aggregate.png": plot_aggregate(results, steps, iqm, improvement, efficiency),
+        "diagnostics.png": plot_diagnostics(results),
+    }
+    for name, figure in figures.items():
+        figure.savefig(out / name, dpi=DPI)
+        plt.close(figure)
+
+    text = markdown(results, scores, envs, int(steps[-1]), iqm, improvement, returns)
+    print(text)
+    print(f"\nFigures: {', '.join(str(out / name) for name in figures)}")
+
+
+# ------------------------------------------------------------------ table
+
+
+def markdown(
+    results: Results,
+    scores: dict[str, np.ndarray],
+    envs: list[str],
+    last_step: int,
+    iqm: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
+    improvement: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
+    returns: str,
+) -> str:
+    first = results.labels[0]
+    header = ["", *results.envs, "IQM, normalised (95 %)", f"P({first} better) (95 %)", "seeds", "hours"]
+    lines = [header, ["---"] * len(header)]
+    for label in results.labels:
+        cells = []
+        for env in results.envs:
+            table = results.table(label, env)
+            value = table.loc[last_step] if last_step in table.index else table.iloc[-1] if len(table) else None
+            if value is None:
+                cells.append("")
+                continue
+            spread = f" ± {value.std():,.0f}" if len(value) > 1 else ""
+            # where the label stands at another step, or where it is not part of the comparison
+            step = "" if value.name == last_step else f" (at {value.name:,})"
+            cells.append(f"{value.mean():,.0f}{spread}{step}")
+        cells.append(with_interval(iqm, label))
+        cells.append(with_interval(improvement, label) if label != first else "")
+        cells.append(str(len(scores[label])))
+        cells.append(f"{run_hours(results, label, last_step):.2f}")
+        lines.append([label, *cells])
+    table_text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    note = (
+        f"After {last_step:,} steps, {returns} actions, 10 episodes: mean ± standard deviation over seeds. "
+        f"Interquartile mean and probability of improvement over {', '.join(envs)}, with 95 % stratified bootstrap intervals; "
+        "a normalised return of 0 is the random policy's, of 1 that of the RL Zoo's SAC after 1,000,000 steps. "
+        "Hours: mean of a run on one thread, without evaluations."
+    )
+    return f"{table_text}\n\n{note}"
+
+
+def with_interval(estimates: tuple[dict[str, np.ndarray], dict[str, np.ndarray]], label: str) -> str:
+    point, (low, high) = estimates[0][label], estimates[1][label]
+    return f"{point[0]:.2f} ({low[0]:.2f} to {high[0]:.2f})"
+
+
+def run_hours(results: Results, label: str, step: int) -> float:
+    rows = results.rows[(results.rows["label"] == label) & (results.rows["step"] == step)]
+    return float(rows["hours"].mean())
+
+
+# ------------------------------------------------------------------ figures
+
+
+def thousands(value: float, _: int) -> str:
+    return f"{value / 1000:g}k" if value < 1_000_000 else f"{value / 1_000_000:g}M"
+
+
+def finish(ax: Axes, **properties: Any) -> None:
+    ax.set(**properties)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def add_legend(figure: Figure, results: Results) -> None:
+    handles = [plt.Line2D([], [], color=results.colours[label], lw=2, label=label) for label in results.labels]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+
+
+def plot_curves(results: Results, returns: str, reps: int) -> Figure:
+    n_columns = min(len(results.envs), 3)
+    n_rows = -(-len(results.envs) // n_columns)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(max(4.1 * n_columns, 5.5), 3.2 * n_rows + 0.3), layout="constrained", squeeze=False
+    )
+    for ax, env in zip(axes.flat, results.envs, strict=False):
+        for label in results.labels:
+            table = results.table(label, env)
+            if len(table) == 0:
+                continue
+            ax.fill_between(table.index, *mean_band(table.to_numpy(), reps), color=results.colours[label], alpha=0.15, lw=0)
+            ax.plot(table.index, table.mean(axis=1), color=results.colours[label], lw=1.8)
+        ax.xaxis.set_major_formatter(FuncFormatter(thousands))
+        finish(ax, title=env, xlabel="steps")
+    for ax in axes.flat[len(results.envs) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"{returns} return")
+    add_legend(figure, results)
+    return figure
+
+
+def plot_aggregate(
+    results: Results,
+    steps: np.ndarray,
+    iqm: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
+    improvement: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
+    efficiency: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
+) -> Figure:
+    first, *others = results.labels
+    figure, axes = plt.subplots(
+        1, 3, figsize=(12.3, max(3.2, 0.32 * len(results.labels) + 1.4)), layout="constrained", width_ratios=[1, 1, 1.2]
+    )
+    plot_intervals(axes[0], results, results.labels, iqm)
+    low, high = axes[0].get_xlim()
+    axes[0].set_xlim(min(low, -0.02 * high), high)
+    finish(axes[0], title=f"interquartile mean at {steps[-1]:,} steps", xlabel="normalised return")
+    plot_intervals(axes[1], results, others, improvement)
+    axes[1].axvline(0.5, color="0.5", lw=1, ls="--")
+    finish(axes[1], title=f"probability that {first} is better than", xlabel="probability", xlim=(-0.02, 1.02))
+    for label in results.labels:
+        axes[2].fill_between(steps, *efficiency[1][label], color=results.colours[label], alpha=0.15, lw=0)
+        axes[2].plot(steps, efficiency[0][label], color=results.colours[label], lw=1.8)
+    axes[2].xaxis.set_major_formatter(FuncFormatter(thousands))
+    finish(axes[2], title="sample efficiency", xlabel="steps", ylabel="interquartile mean")
+    add_legend(figure, results)
+    return figure
+
+
+def plot_intervals(
+    ax: Axes, results: Results, labels: list[str], estimates: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+) -> None:
+    for height, label in enumerate(reversed(labels)):
+        low, high = estimates[1][label][:, 0]
+        ax.barh(height, high - low, left=low, height=0.5, color=results.colours[label], alpha=0.3)
+        ax.plot([estimates[0][label][0]] * 2, [height - 0.25, height + 0.25], color=results.colours[label], lw=2.5)
+    ax.set_yticks(range(len(labels)), list(reversed(labels)))
+    ax.set_ylim(-0.6, len(labels) - 0.4)
+
+
+def plot_diagnostics(results: Results) -> Figure:
+    """Means over seeds of what tells why something learns or does not; an algorithm without a quantity has no line."""
+    n_rows, n_columns = len(results.envs), len(DIAGNOSTICS)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(3.1 * n_columns, 2.5 * n_rows + 0.5), layout="constrained", squeeze=False, sharex="row"
+    )
+    for row, env in zip(axes, results.envs, strict=True):
+        for ax, column in zip(row, DIAGNOSTICS, strict=True):
+            for label in results.labels:
+                values = results.table(label, env, column).mean(axis=1)
+                ax.plot(values.index, values, color=results.colours[label], lw=1.5)
+            if column == "temperature" and ax.get_lines():
+                ax.set_yscale("log")
+            if column == "q_bias":
+                ax.axhline(0, color="0.5", lw=1, ls="--")
+            ax.xaxis.set_major_formatter(FuncFormatter(thousands))
+            finish(ax)
+        row[0].set_ylabel(env)
+    for top, bottom, title in zip(axes[0], axes[-1], DIAGNOSTICS.values(), strict=True):
+        top.set_title(title)
+        bottom.set_xlabel("steps")
+    add_legend(figure, results)
+    return figure

@@ -1,0 +1,410 @@
+"""
+How fast SoftQ trains and acts, beside its peers and a plain port of soft Q-learning, all in one run.
+
+    python examples/benchmark/speed.py            # everything; --quick for a smoke run
+    python examples/benchmark/speed.py --only table|growth|predict|memory
+
+See the README of this folder for what is measured and how.
+"""
+
+import argparse
+import csv
+import inspect
+import multiprocessing
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from plain_port import PlainSoftQ
+from products import measure_products
+from sb3_contrib import TQC, CrossQ
+from speed_plots import plot_growth, plot_memory, plot_table
+from stable_baselines3 import SAC, TD3
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_softq import SoftQ
+
+try:
+    from sbx import SAC as SBX_SAC
+except ImportError:
+    SBX_SAC = None
+
+Key = TypeVar("Key")
+Row = dict[str, Any]
+
+ENV_ID = "Walker2d-v4"
+NET: dict[str, Any] = dict(net_arch=[256, 256])
+ORIGINAL: dict[str, Any] = dict(
+    tau=1.0,
+    target_update_interval=1000,
+    proposal="uniform",
+    n_value_particles=16,
+    n_actor_particles=16,
+    n_actor_states=256,
+    repulsion="kernel",
+    kernel_update_ratio=0.5,
+    annealing=1.0,
+    ent_coef=0.1,
+)
+ORIGINAL_NET: dict[str, Any] = dict(NET, n_critics=1, smoothing="none")
+PLAIN = "original recipe, plain port"
+
+
+@dataclass
+class Effort:
+    """How long to measure."""
+
+    rounds: int = 20
+    slice_steps: int = 50
+    warm_up_steps: int = 300
+    profiled_updates: int = 20
+    growth_updates: int = 10
+    predictions: int = 200
+    memory_steps: int = 5_000
+    every: int = 1  # take each n-th point of a growth curve
+
+
+QUICK = Effort(2, 4, 110, 2, 2, 20, 400, every=3)
+
+
+# ---------------------------------------------------------------------- tools
+
+
+def machine() -> str:
+    """What the numbers depend on besides the code."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    versions = f"torch {th.__version__}, Python {platform.python_version()}, {platform.system()}"
+    return f"{cpu}, {os.cpu_count()} cores, {th.get_num_threads()} torch threads by default; {versions}"
+
+
+def interleave(measure: Callable[[Key], float], keys: Sequence[Key], rounds: int) -> dict[Key, list[float]]:
+    """
+    Measure all keys in turn, ``rounds`` times, so that what else happens on the machine meets all of them. Each round
+    starts with another key, since a pass can heat or throttle the next.
+    """
+    results: dict[Key, list[float]] = {key: [] for key in keys}
+    for i in range(rounds):
+        for j in range(len(keys)):
+            key = keys[(i + j) % len(keys)]
+            results[key].append(measure(key))
+    return results
+
+
+def ratio(values: list[float], reference: list[float] | None) -> float | str:
+    """Median over the rounds of the ratio within a round."""
+    return "" if reference is None else median(a / b for a, b in zip(values, reference, strict=True))
+
+
+def show(rows: list[Row]) -> None:
+    cells = [list(rows[0]), *([f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(flush=True)
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """A CSV file whose first line is a comment that describes the machine."""
+    with path.open("w", newline="") as file:
+        file.write(f"# {machine()}\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
+    show(rows)
+
+
+def set_threads(n_threads: int, pin: bool = False) -> None:
+    """
+    :param n_threads: Threads of torch
+    :param pin: Confine the process to as many cores. For JAX, whose threads cannot be set once it runs.
+    """
+    th.set_num_threads(n_threads)
+    if hasattr(os, "sched_setaffinity"):
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), CORES[:n_threads] if pin else CORES)
+
+
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+# ---------------------------------------------------------------------- table: steps per second and matrix products
+
+
+class PlainPort(SoftQ):
+    """The plain port inside SB3's loop: SoftQ collects, with the port's actor, and the port learns."""
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.plain = PlainSoftQ(self.observation_space.shape[0], self.action_space.shape[0], NET["net_arch"])  # type: ignore[index]
+        self.policy.actor.net = self.plain.actor
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        for _ in range(gradient_steps):
+            data = self.replay_buffer.sample(batch_size)  # type: ignore[union-attr]
+            # MuJoCo's observations are float64
+            obs, next_obs = data.observations.float(), data.next_observations.float()
+            self.plain.update(obs, data.actions, data.rewards, next_obs, data.dones)
+
+
+def agents() -> dict[str, Callable[[], Any] | None]:
+    """A constructor for each row of the table, None where it is not installed."""
+
+    def row(cls: Any, net: dict[str, Any] = NET, **kwargs: Any) -> Callable[[], Any]:
+        # SB3 writes into policy_kwargs: a copy for each
+        kwargs |= dict(batch_size=256, buffer_size=100_000, learning_starts=100, policy_kwargs=dict(net))
+        return partial(cls, "MlpPolicy", ENV_ID, **kwargs)
+
+    bfloat16 = "bfloat16" in inspect.signature(SoftQ.__init__).parameters
+    rows: dict[str, Callable[[], Any] | None] = {"SoftQ": row(SoftQ)}
+    rows |= {"SoftQ, bfloat16": row(SoftQ, bfloat16=True)} if bfloat16 else {}
+    rows |= {cls.__name__: row(cls) for cls in (SAC, TD3, TQC, CrossQ)}
+    rows["SAC of sbx"] = row(SBX_SAC) if SBX_SAC is not None else None
+    rows["original recipe, SoftQ"] = row(SoftQ, ORIGINAL_NET, **ORIGINAL)
+    rows |= {"original recipe, SoftQ, bfloat16": row(SoftQ, ORIGINAL_NET, **ORIGINAL, bfloat16=True)} if bfloat16 else {}
+    return rows | {PLAIN: row(PlainPort, ORIGINAL_NET, **ORIGINAL)}
+
+
+def measure_table(effort: Effort, threads: Sequence[int], out: Path) -> None:
+    """Steps per second of ``learn()``, and where an update spends its time."""
+    set_threads(threads[0])
+    constructors = agents()
+    missing = [name for name, constructor in constructors.items() if constructor is None]
+    models = {name: constructor() for name, constructor in constructors.items() if constructor is not None}
+    for name, model in models.items():
+        model.learn(effort.warm_up_steps)
+        print(f"warm: {name}", flush=True)
+
+    def steps_per_second(key: tuple[str, int]) -> float:
+        name, n_threads = key
+        set_threads(n_threads, pin="sbx" in name)
+        start = time.perf_counter()
+        models[name].learn(effort.slice_steps, reset_num_timesteps=False)
+        return effort.slice_steps / (time.perf_counter() - start)
+
+    speeds = interleave(steps_per_second, [(name, n) for n in threads for name in models], effort.rounds)
+    rows: list[Row] = []
+    for (name, n_threads), values in speeds.items():
+        row: Row = dict(algorithm=name, threads=n_threads, steps_per_second=median(values))
+        for column, reference in (("to_SAC", "SAC"), ("to_TD3", "TD3"), ("to_plain_port", PLAIN)):
+            comparable = reference != PLAIN or name.startswith("original")
+            row[column] = ratio(values, speeds[reference, n_threads] if comparable else None)
+        set_threads(n_threads)
+        if "sbx" not in name:
+            row |= measure_products(models[name], n_threads, effort.profiled_updates)
+        rows.append(row)
+    rows = [{column: row.get(column, "") for column in rows[0]} for row in rows]
+    rows += [dict.fromkeys(rows[0], "") | dict(algorithm=name, steps_per_second="not installed") for name in missing]
+    write(out / "speed_table.csv", rows)
+    plot_table([row for row in rows if row["threads"]], threads, out / "speed_table.png")
+
+
+# ---------------------------------------------------------------------- growth of time and memory
+
+
+class RandomEnv(gym.Env):
+    """Costs next to nothing itself, in any number of action dimensions."""
+
+    def __init__(self, action_dim: int):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (17,))
+        self.action_space = spaces.Box(-1.0, 1.0, (action_dim,))
+        self.observations = np.random.default_rng(0).standard_normal((1000, 17)).astype(np.float32)
+        self.t = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        self.t = 0
+        return self.observations[0], {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        return self.observations[self.t % 1000], float(-np.square(action).sum()), False, self.t >= 1000, {}
+
+
+AXES: dict[str, tuple[int, ...]] = {
+    "particles": (1, 2, 4, 8, 16, 32, 64),
+    "batch size": (64, 128, 256, 512, 1024, 2048),
+    "action dimension": (1, 2, 4, 8, 16, 32, 64),
+    "critics": (1, 2, 5),
+    "environments": (1, 2, 4, 8, 16),
+}
+
+
+def growth_agent(axis: str, value: int) -> SoftQ:
+    """SoftQ with its defaults except for one, its replay buffer full."""
+    kwargs: dict[str, dict[str, Any]] = {
+        "particles": dict(n_value_particles=value, n_actor_particles=value),
+        "batch size": dict(batch_size=value),
+        "critics": dict(policy_kwargs=dict(n_critics=value)),
+        "environments": dict(gradient_steps=-1),
+    }
+    env = make_vec_env(partial(RandomEnv, value if axis == "action dimension" else 6), value if axis == "environments" else 1)
+    model = SoftQ("MlpPolicy", env, buffer_size=4096, learning_starts=4096, **kwargs.get(axis, {}))
+    return model.learn(4096)
+
+
+def growth_update(model: SoftQ, n_updates: int) -> None:
+    """Some updates; with several environments as many steps of all of them, each followed by an update per environment."""
+    if model.n_envs > 1:
+        model.learn(n_updates * model.n_envs, reset_num_timesteps=False)
+    else:
+        model.train(n_updates, model.batch_size)
+
+
+def peak_memory(axis: str, value: int, n_updates: int) -> float:
+    """Peak of the resident memory in MB, to be called in a process of its own."""
+    th.set_num_threads(1)
+    growth_update(growth_agent(axis, value), n_updates)
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not getrusage, whose maximum a child process inherits from its parent
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if platform.system() == "Linux" else 1024) / 1024
+
+
+def in_new_process(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """Call a function once for each tuple of arguments, each in a fresh process that has imported this module only."""
+    with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
+        return pool.starmap(function, arguments, chunksize=1)
+
+
+def measure_growth(effort: Effort, out: Path) -> None:
+    """Time per update and peak memory of the process against each thing that a user can make larger, one thread."""
+    set_threads(1)
+    rows: list[Row] = []
+    for axis, all_values in AXES.items():
+        values = sorted({*all_values[:: effort.every], all_values[-1]})
+        models = {value: growth_agent(axis, value) for value in values}
+
+        def seconds(value: int, models: dict[int, SoftQ] = models) -> float:
+            start = time.perf_counter()
+            growth_update(models[value], effort.growth_updates)
+            return (time.perf_counter() - start) / effort.growth_updates
+
+        interleave(seconds, values, 1)
+        times = interleave(seconds, values, effort.rounds)
+        memory = in_new_process(peak_memory, [(axis, value, effort.growth_updates) for value in values])
+        for i, value in enumerate(values):
+            row: Row = dict(
+                axis=axis, value=value, ms=1e3 * median(times[value]), growth=ratio(times[value], times[values[0]])
+            )
+            row["linear"] = value / values[0]
+            # 1 is linear; from the point before to this one
+            step = ratio(times[value], times[values[i - 1]]) if i else ""
+            row["exponent"] = np.log(step) / np.log(value / values[i - 1]) if i else ""
+            rows.append(row | dict(peak_mb=memory[i]))
+        print(f"measured: {axis}", flush=True)
+    write(out / "speed_growth.csv", rows)
+    plot_growth(rows, out / "speed_growth.png")
+
+
+# ---------------------------------------------------------------------- latency of predict
+
+
+def measure_predict(effort: Effort, out: Path) -> None:
+    """Milliseconds of ``predict`` for one observation, one thread."""
+    set_threads(1)
+    models = {
+        "SoftQ": SoftQ("MlpPolicy", ENV_ID, policy_kwargs=dict(NET)),
+        "SAC": SAC("MlpPolicy", ENV_ID, policy_kwargs=dict(NET)),
+    }
+    obs = gym.make(ENV_ID).reset(seed=0)[0]
+
+    def seconds(key: tuple[str, bool]) -> float:
+        name, deterministic = key
+        start = time.perf_counter()
+        for _ in range(effort.predictions):
+            models[name].predict(obs, deterministic=deterministic)
+        return (time.perf_counter() - start) / effort.predictions
+
+    keys = [(name, deterministic) for deterministic in (False, True) for name in models]
+    interleave(seconds, keys, 1)
+    times = interleave(seconds, keys, effort.rounds)
+    rows: list[Row] = [
+        dict(
+            algorithm=key[0], deterministic=key[1], ms=1e3 * median(times[key]), to_SAC=ratio(times[key], times["SAC", key[1]])
+        )
+        for key in keys
+    ]
+    write(out / "speed_predict.csv", rows)
+
+
+# ---------------------------------------------------------------------- memory over a run
+
+
+class MemoryCallback(BaseCallback):
+    """Notes the resident memory of the process in MB every ``interval`` steps."""
+
+    def __init__(self, interval: int):
+        super().__init__()
+        self.interval = interval
+        self.samples: list[tuple[int, float]] = []
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps % self.interval == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.samples.append((self.num_timesteps, pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
+        return True
+
+
+def memory_over_steps(n_steps: int) -> list[tuple[int, float]]:
+    """Resident memory over a run whose replay buffer is full from the start, to be called in a process of its own."""
+    th.set_num_threads(1)
+    callback = MemoryCallback(max(n_steps // 50, 1))
+    growth_agent("environments", 1).learn(n_steps, callback)
+    return callback.samples
+
+
+def measure_memory(effort: Effort, out: Path) -> None:
+    if not Path("/proc/self/statm").exists():
+        print("memory over steps: needs Linux, left out")
+        return
+    (samples,) = in_new_process(memory_over_steps, [(effort.memory_steps,)])
+    write(out / "speed_memory.csv", [dict(step=step, resident_mb=mb) for step, mb in samples])
+    settled = samples[len(samples) // 5 :]
+    print(f"growth over the last 80 % of {effort.memory_steps} steps: {settled[-1][1] - settled[0][1]:.1f} MB\n", flush=True)
+    plot_memory(samples, out / "speed_memory.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["table", "growth", "predict", "memory"], help="measure this part alone")
+    parser.add_argument("--quick", action="store_true", help="smoke run, its numbers mean nothing")
+    parser.add_argument("--long", action="store_true", help="memory over 50,000 steps")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="torch threads of the table")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+
+    # v4 is what the published results of the peers are for
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    effort = QUICK if args.quick else Effort(memory_steps=50_000 if args.long else Effort.memory_steps)
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(f"{machine()}\n", flush=True)
+    if args.only in (None, "table"):
+        measure_table(effort, args.threads, args.out)
+    if args.only in (None, "growth"):
+        measure_growth(effort, args.out)
+    if args.only in (None, "predict"):
+        measure_predict(effort, args.out)
+    if args.only in (None, "memory"):
+        measure_memory(effort, args.out)
+    print(f"Results: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""Train and evaluate one cell of the learning benchmark. Started by ``learning.py run``, which stays at the other end."""
+
+import csv
+import inspect
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from learning import COLUMNS, Cell, check_same_run, read_rows, write_rows
+from sb3_contrib import TQC
+from stable_baselines3 import SAC, TD3
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+import sb3_softq
+from sb3_softq import SoftQ
+from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, resume
+
+CLASSES: dict[str, type[OffPolicyAlgorithm]] = {"softq": SoftQ, "sac": SAC, "td3": TD3, "tqc": TQC, "original": SoftQ}
+
+# What differs from the defaults of the classes. SAC, TD3, TQC: RL Zoo 2.9.2, hyperparams/*.yml, "mujoco-defaults" of the
+# v4 environments (noise_std is its noise_type: normal)
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "softq": {},
+    "sac": dict(learning_starts=10_000),
+    "td3": dict(
+        learning_starts=10_000,
+        noise_std=0.1,
+        train_freq=1,
+        gradient_steps=1,
+        learning_rate=1e-3,
+        batch_size=256,
+        policy_kwargs=dict(net_arch=[400, 300]),
+    ),
+    "tqc": dict(learning_starts=10_000),
+    # Haarnoja et al. 2017, see README.md
+    "original": dict(
+        batch_size=128,
+        tau=1.0,
+        target_update_interval=1000,
+        proposal="uniform",
+        n_value_particles=16,
+        n_actor_particles=16,
+        n_actor_states=128,
+        kernel="rbf",
+        repulsion="kernel",
+        kernel_update_ratio=0.5,
+        annealing=1.0,
+        policy_kwargs=dict(net_arch=[128, 128], n_critics=1, smoothing="none"),
+    ),
+}
+# The RL Zoo's own exceptions
+ENV_ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("sac", "Swimmer"): dict(gamma=0.999),
+    ("td3", "Swimmer"): dict(gamma=0.9999),
+    ("tqc", "Swimmer"): dict(gamma=0.999),
+    ("tqc", "Hopper"): dict(top_quantiles_to_drop_per_net=5),
+}
+# The original has no automatic temperature
+ORIGINAL_REWARD_SCALES = {"Walker2d": 10, "HalfCheetah": 30, "Hopper": 30, "Swimmer": 30, "Humanoid": 100, "Ant": 300}
+
+# Seeds that nothing is tuned on: of the environments' first states, and of the actions' noise
+EVALUATION_SEED = 10_000
+N_EPISODES = 10
+# Part of a return that may be missing where a time limit has cut an episode off
+CUT_OFF = 0.01
+# Particles per state in the entropy of SoftQ, and states at once, so that the blocks stay small
+N_PARTICLES, BLOCK = 64, 250
+
+# column of the results: key of the logger
+LOGGED = {
+    "entropy": "train/entropy",
+    "temperature": "train/ent_coef",
+    "effective_sample_size": "train/effective_sample_size",
+    "particle_spread": "train/particle_std",
+}
+
+
+def arguments(cell: Cell) -> dict[str, Any]:
+    """Arguments of the algorithm: the benchmark's, those of this environment, and the changes of a variant."""
+    name = cell.env.partition("-")[0]
+    # As large as SB3's default or the run: the same samples, smaller checkpoints
+    result = {"buffer_size": min(1_000_000, cell.steps), **ARGUMENTS[cell.algo], **ENV_ARGUMENTS.get((cell.algo, name), {})}
+    if cell.algo == "original" and "ent_coef" not in cell.changes:
+        if name not in ORIGINAL_REWARD_SCALES:
+            sys.exit(f"The original recipe has no reward scale for {cell.env}: give its inverse with --set ent_coef=...")
+        result["ent_coef"] = 1 / ORIGINAL_REWARD_SCALES[name]
+    for change, value in cell.changes.items():
+        if change.startswith("policy_kwargs."):
+            result["policy_kwargs"] = {**result.get("policy_kwargs", {}), change.removeprefix("policy_kwargs."): value}
+        else:
+            result[change] = value
+    return result
+
+
+def make_model(cell: Cell) -> OffPolicyAlgorithm:
+    kwargs = arguments(cell)
+    env = gym.make(cell.env)
+    if "noise_std" in kwargs:
+        assert env.action_space.shape is not None
+        kwargs["action_noise"] = NormalActionNoise(
+            np.zeros(env.action_space.shape), np.full(env.action_space.shape, kwargs.pop("noise_std"))
+        )
+    return CLASSES[cell.algo]("MlpPolicy", env, seed=cell.seed, device="cpu", **kwargs)
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: bool  # or cut off by a time limit
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Evaluation draws from generators of its own, seeded: training goes on as if it had not taken place."""
+    state = random.getstate(), np.random.get_state(), th.get_rng_state()
+    random.seed(EVALUATION_SEED)
+    np.random.seed(EVALUATION_SEED)
+    th.manual_seed(EVALUATION_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        th.set_rng_state(state[2])
+
+
+def roll_out(model: OffPolicyAlgorithm, envs: list[gym.Env], deterministic: bool) -> list[Episode]:
+    """One episode in each environment, side by side: one call of the policy serves all that still run."""
+    trajectories: list[tuple[list, list, list]] = [([], [], []) for _ in envs]
+    terminated = [False] * len(envs)
+    current = [env.reset(seed=EVALUATION_SEED + i)[0] for i, env in enumerate(envs)]
+    running = list(range(len(envs)))
+    while running:
+        actions, _ = model.predict(np.stack([current[i] for i in running]), deterministic=deterministic)
+        still_running = []
+        for i, action in zip(running, actions, strict=True):
+            next_observation, reward, terminated[i], truncated, _ = envs[i].step(action)
+            for values, value in zip(trajectories[i], (current[i], action, reward), strict=True):
+                values.append(value)
+            current[i] = next_observation
+            if not (terminated[i] or truncated):
+                still_running.append(i)
+        running = still_running
+    return [
+        Episode(np.array(observations), np.array(actions), np.array(rewards), end)
+        for (observations, actions, rewards), end in zip(trajectories, terminated, strict=True)
+    ]
+
+
+def q_values(model: OffPolicyAlgorithm, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """Minimum of the critics, as the targets take it; of TQC's quantiles the mean, as its actor takes it."""
+    if isinstance(model, SoftQ):
+        return model.q_values(observations, actions)
+    assert isinstance(model, (SAC, TD3, TQC))
+    observation_tensor, _ = model.policy.obs_to_tensor(observations)
+    action_tensor = th.as_tensor(model.policy.scale_action(actions), dtype=th.float32)
+    with th.no_grad():
+        q = model.critic(observation_tensor, action_tensor)
+        q = q.mean(dim=(1, 2)) if isinstance(model, TQC) else th.cat(q, dim=1).amin(dim=1)
+    return q.numpy()
+
+
+def entropy_bonus(model: OffPolicyAlgorithm, observations: np.ndarray) -> np.ndarray:
+    """
+    What a state earns besides its reward: alpha times the entropy of the policy there, over the normalised box (-1, 1)^d,
+    which is the critics' unit.
+    """
+    if isinstance(model, SoftQ):
+        assert isinstance(model.action_space, gym.spaces.Box)
+        log_scale = np.log((model.action_space.high - model.action_space.low) / 2.0).sum()
+        return model._ent_coef_tensor().numpy() * (model.entropy(observations, n_particles=N_PARTICLES) - log_scale)
+    if isinstance(model, (SAC, TQC)):
+        observation_tensor, _ = model.policy.obs_to_tensor(observations)
+        with th.no_grad():
+            alpha = model.ent_coef_tensor if model.log_ent_coef is None else th.exp(model.log_ent_coef)
+            return -(alpha * model.actor.action_log_prob(observation_tensor)[1]).numpy()
+    return np.zeros(len(observations))
+
+
+def q_against_returns(model: OffPolicyAlgorithm, episodes: list[Episode]) -> tuple[float, float]:
+    """
+    Critic against reality, along episodes of the policy that it judges. The actual return of the pair at time t is
+
+        G_t = r_t + gamma (alpha H(pi(.|s_{t+1})) + G_{t+1}),
+
+    the soft return, or the plain one for TD3. Where an episode terminates nothing follows. Where a time limit cuts it off,
+    only pairs count that are so far before it that what is missing weighs less than 1 %.
+
+    :return: Means over the pairs: Q(s_t, a_t), and the bias Q(s_t, a_t) - G_t; nan if no episode is long enough
+    """
+    horizon = math.ceil(math.log(CUT_OFF) / math.log(model.gamma)) if model.gamma < 1 else sys.maxsize
+    all_q, all_returns = [], []
+    for episode in episodes:
+        n_pairs = len(episode.rewards) - (0 if episode.terminated else horizon)
+        if n_pairs <= 0:
+            continue
+        blocks = range(0, len(episode.rewards), BLOCK)
+        bonus = np.concatenate([entropy_bonus(model, episode.observations[i : i + BLOCK]) for i in blocks])
+        returns = np.zeros(len(episode.rewards) + 1)
+        bonus = np.append(bonus, 0.0)
+        for t in reversed(range(len(episode.rewards))):
+            returns[t] = episode.rewards[t] + model.gamma * (bonus[t + 1] + returns[t + 1])
+        all_q.append(q_values(model, episode.observations[:n_pairs], episode.actions[:n_pairs]))
+        all_returns.append(returns[:n_pairs])
+    if not all_q:
+        return math.nan, math.nan
+    q, actual = np.concatenate(all_q), np.concatenate(all_returns)
+    return float(q.mean()), float((q - actual).mean())
+
+
+def evaluate(model: OffPolicyAlgorithm, envs: list[gym.Env]) -> dict[str, float]:
+    with own_randomness():
+        deterministic = roll_out(model, envs, deterministic=True)
+        # TD3's policy is deterministic: it would do the same again
+        stochastic = deterministic if isinstance(model, TD3) else roll_out(model, envs, deterministic=False)
+        q, bias = q_against_returns(model, stochastic)
+    result = {"q_value": q, "q_bias": bias}
+    for name, episodes in (("deterministic", deterministic), ("stochastic", stochastic)):
+        returns = [episode.rewards.sum() for episode in episodes]
+        result |= {f"{name}_mean": float(np.mean(returns)), f"{name}_std": float(np.std(returns))}
+    return result
+
+
+class Evaluation(BaseCallback):
+    """
+    Append a row to the cell's CSV every ``eval_freq`` steps and at the end.
+
+    :param cell: The cell
+    :param hours: Hours of training, without evaluations, in earlier sittings
+    """
+
+    model: OffPolicyAlgorithm
+
+    def __init__(self, cell: Cell, hours: float):
+        super().__init__()
+        self.cell = cell
+        self.hours = hours
+        self.envs = [gym.make(cell.env) for _ in range(N_EPISODES)]
+        self.last_step = -1
+
+    def _on_training_start(self) -> None:
+        self.started = time.monotonic()
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps % self.cell.eval_freq == 0:
+            self.append_row()
+        return True
+
+    def _on_training_end(self) -> None:
+        if self.last_step != self.num_timesteps:
+            self.append_row()
+
+    def append_row(self) -> None:
+        self.hours += (time.monotonic() - self.started) / 3600
+        row: dict[str, Any] = {name: self.model.logger.name_to_value.get(key, math.nan) for name, key in LOGGED.items()}
+        row |= evaluate(self.model, self.envs)
+        row["hours"] = self.hours
+        row = {name: "" if math.isnan(value) else f"{value:.6g}" for name, value in row.items()}
+        row |= {name: getattr(self.cell, name) for name in ("label", "algo", "env", "seed")}
+        row["step"] = self.last_step = self.num_timesteps
+        with self.cell.evaluations.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        print(
+            f"step {row['step']}: {row['deterministic_mean']} deterministic, {row['stochastic_mean']} stochastic", flush=True
+        )
+        self.started = time.monotonic()
+
+
+# ------------------------------------------------------------------ training
+
+
+def train(cell: Cell) -> None:
+    checkpoints = cell.folder / "checkpoints"
+    configure(cell)
+    rows = read_rows(cell.evaluations)
+    if has_checkpoint(checkpoints):
+        model = resume(CLASSES[cell.algo], checkpoints, gym.make(cell.env), device="cpu")
+        print(f"resumed from step {model.num_timesteps}", flush=True)
+    else:
+        model = make_model(cell)
+        print("started", flush=True)
+    # Rows after the checkpoint belong to steps that are now done again
+    measured = [0.0, *(float(row["step"]) for row in rows)], [0.0, *(float(row["hours"]) for row in rows)]
+    hours = float(np.interp(model.num_timesteps, *measured))
+    write_rows(cell.evaluations, [row for row in rows if int(row["step"]) <= model.num_timesteps])
+
+    if model.num_timesteps < cell.steps:
+        # in this order: a checkpoint at a step implies that the evaluation there is in the CSV
+        callbacks = [Evaluation(cell, hours), ResumableCheckpoint(cell.checkpoint_freq, checkpoints)]
+        model.learn(cell.steps - model.num_timesteps, callbacks, reset_num_timesteps=False)
+
+    temporary = cell.folder / "unfinished.zip"
+    model.save(temporary)
+    os.replace(temporary, cell.model)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def configure(cell: Cell) -> None:
+    """Write down what is run; a continued run has to be the same."""
+    changed = arguments(cell)
+    defaults = {name: p.default for name, p in inspect.signature(CLASSES[cell.algo]).parameters.items()}
+    left_out = ("policy", "env", "seed", "device", "verbose", "tensorboard_log", "_init_setup_model")
+    used = {name: value for name, value in {**defaults, **changed}.items() if name not in left_out}
+    packages = ("stable_baselines3", "sb3_contrib", "torch", "gymnasium", "mujoco", "numpy")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    if CLASSES[cell.algo] is SoftQ:
+        versions |= {"sb3_softq": sb3_softq.__version__, "commit": commit()}
+    config = json.loads(json.dumps({**cell.identity, "arguments": used, "versions": versions}))
+    if cell.config.exists():
+        check_same_run(cell)
+        before = json.loads(cell.config.read_text())
+        if before["arguments"] != config["arguments"]:
+            different = sorted(name for name, value in config["arguments"].items() if before["arguments"].get(name) != value)
+            sys.exit(f"{cell.folder} holds a run with other defaults of {', '.join(different)}: remove it to start again")
+        if before["versions"] != config["versions"]:
+            print(f"Warning: begun with {before['versions']}, continued with {config['versions']}")
+        return
+    temporary = cell.config.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config, indent=1) + "\n")
+    os.replace(temporary, cell.config)
+
+
+def commit() -> str:
+    """Of the package that is used, empty where it does not lie in a clone."""
+    command = ["git", "-C", os.path.dirname(sb3_softq.__file__), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def stop_with_parent() -> None:
+    """Nothing is ever written to standard input: it ends when ``learning.py`` does, however that was killed."""
+    os.read(0, 1)  # not sys.stdin, whose lock would be held when this process ends first
+    print("learning.py has ended, so does this process", flush=True)
+    os._exit(1)
+
+
+def main() -> None:
+    cell = Cell(**json.loads(sys.argv[1]))
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    th.set_num_threads(1)
+    train(cell)
+
+
+if __name__ == "__main__":
+    main()

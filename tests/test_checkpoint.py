@@ -1,0 +1,224 @@
+"""Checkpoints: what is restored, and what is left when a save is killed."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import SAC
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_softq import SoftQ, checkpoint
+from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, latest, resume, steps_done
+
+ROOT = Path(__file__).parent.parent
+# Saves as fast as it can, and says so once there is something to resume from
+SAVE_IN_A_LOOP = """
+import sys
+import gymnasium as gym
+from sb3_softq import SoftQ
+from sb3_softq.checkpoint import ResumableCheckpoint
+
+class Talking(ResumableCheckpoint):
+    def save(self):
+        print(super().save(), flush=True)
+
+model = SoftQ("MlpPolicy", gym.make("Pendulum-v1"), policy_kwargs=dict(net_arch=[8]), batch_size=8, buffer_size=20_000)
+model.learn(10_000, callback=Talking(1, sys.argv[1]))
+"""
+
+
+def pendulum():
+    return gym.make("Pendulum-v1")
+
+
+def make(env=None, cls=SoftQ, **kwargs):
+    tiny = dict(policy_kwargs=dict(net_arch=[8]), buffer_size=500, learning_starts=20, batch_size=8, seed=0)
+    return cls("MlpPolicy", env or pendulum(), **{**tiny, **kwargs})
+
+
+def train(path, steps=60, save_freq=10_000, **kwargs):
+    model = make(**kwargs)
+    return model.learn(steps, callback=ResumableCheckpoint(save_freq, path))
+
+
+def reload(path, env=None, cls=SoftQ):
+    return resume(cls, path, env or pendulum())
+
+
+def weights(model):
+    return th.cat([param.detach().flatten() for param in model.policy.parameters()])
+
+
+@pytest.mark.parametrize("cls", [SoftQ, SAC])
+def test_round_trip(tmp_path, cls):
+    model = train(tmp_path, cls=cls)
+    expected = random.random(), np.random.rand(), th.rand(1).item(), model.action_space.sample().item()
+    resumed = reload(tmp_path, cls=cls)
+    assert expected == (random.random(), np.random.rand(), th.rand(1).item(), resumed.action_space.sample().item())
+    assert resumed.num_timesteps == steps_done(tmp_path) == 60
+    assert resumed._n_updates == model._n_updates > 0
+    th.testing.assert_close(weights(resumed), weights(model), rtol=0, atol=0)
+    th.testing.assert_close(resumed.log_ent_coef, model.log_ent_coef, rtol=0, atol=0)
+    assert resumed.replay_buffer.size() == model.replay_buffer.size() == 60
+    for name in ("observations", "next_observations", "actions", "rewards"):
+        np.testing.assert_array_equal(getattr(resumed.replay_buffer, name), getattr(model.replay_buffer, name))
+
+
+def test_training_goes_on(tmp_path):
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    train(original)
+    results = []
+    for _ in range(2):
+        shutil.copytree(original, copy)
+        model = reload(copy)
+        model.learn(40, callback=ResumableCheckpoint(15, copy), reset_num_timesteps=False)
+        assert model.num_timesteps == steps_done(copy) == model.replay_buffer.size() == 100
+        assert model._total_timesteps == 100
+        results.append(weights(model))
+        shutil.rmtree(copy)
+    # every random generator is restored: the same steps come again
+    th.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_resumed_episodes_are_new(tmp_path):
+    model = train(tmp_path)
+    resumed = reload(tmp_path)
+    resumed.learn(1, reset_num_timesteps=False)
+    assert not np.allclose(resumed.replay_buffer.observations[60], model.replay_buffer.observations[0])
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(n_steps=3), dict(n_steps=1, train_freq=(7, "step"))])
+def test_saves_between_rollouts(tmp_path, kwargs):
+    """Buffer and step count belong together, and the trajectory that was cut off stays apart from the next."""
+    saved = []
+
+    class Recording(ResumableCheckpoint):
+        def save(self):
+            saved.append((model.num_timesteps, model.replay_buffer.size()))
+            return super().save()
+
+    model = make(**kwargs)
+    model.learn(70, callback=Recording(25, tmp_path))
+    assert len(saved) == 3
+    assert all(steps == size for steps, size in saved)
+    buffer = reload(tmp_path).replay_buffer
+    last = buffer.pos - 1
+    assert buffer.dones[last].all()
+    assert buffer.timeouts[last].all()
+    assert not buffer.dones[:last].any()
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_vec_normalize(tmp_path, wrapped):
+    model = train(tmp_path, env=VecNormalize(DummyVecEnv([pendulum])))
+    env = DummyVecEnv([pendulum])
+    resumed = reload(tmp_path, VecNormalize(env) if wrapped else env)
+    old, new = model.get_vec_normalize_env(), resumed.get_vec_normalize_env()
+    assert new.obs_rms.count == old.obs_rms.count > 60
+    np.testing.assert_array_equal(new.obs_rms.mean, old.obs_rms.mean)
+    np.testing.assert_array_equal(new.ret_rms.var, old.ret_rms.var)
+    resumed.learn(10, reset_num_timesteps=False)
+    assert new.obs_rms.count > old.obs_rms.count
+
+
+def test_several_environments(tmp_path):
+    train(tmp_path, save_freq=10, env=DummyVecEnv([pendulum] * 3))
+    resumed = reload(tmp_path, DummyVecEnv([pendulum] * 3))
+    assert resumed.replay_buffer.pos == 20
+    assert resumed.learn(30, reset_num_timesteps=False).num_timesteps == 90
+
+
+def test_no_checkpoint(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert not has_checkpoint(folder)
+        assert latest(folder) is None
+        assert steps_done(folder) == 0
+        with pytest.raises(FileNotFoundError, match=str(folder)):
+            reload(folder)
+    with pytest.raises(ValueError, match="save_freq=0"):
+        ResumableCheckpoint(0, tmp_path)
+
+
+def test_leftovers_are_not_loaded(tmp_path):
+    train(tmp_path)
+    leftover = tmp_path / checkpoint.TEMPORARY
+    leftover.mkdir()
+    (leftover / "model.zip").write_bytes(b"half a file")
+    assert reload(tmp_path).num_timesteps == 60
+    train(tmp_path, steps=30)
+    # the newest one is not the one with the most steps, and nothing else is left
+    assert reload(tmp_path).num_timesteps == 30
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-2-step30"]
+
+
+def test_interrupted_at_every_call(tmp_path, monkeypatch):
+    """A save that stops at any call to the file system leaves the older checkpoint or the newer one."""
+    calls_left = 10**9
+
+    class Killed(BaseException):
+        pass
+
+    def dying(function):
+        def call(*args, **kwargs):
+            nonlocal calls_left
+            calls_left -= 1
+            if calls_left < 0:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    model = train(tmp_path, steps=30)
+    callback = ResumableCheckpoint(1, tmp_path)
+    callback.init_callback(model)
+    monkeypatch.setattr(checkpoint.os, "replace", dying(os.replace))
+    monkeypatch.setattr(checkpoint.os, "fsync", dying(os.fsync))
+    monkeypatch.setattr(checkpoint.os, "unlink", dying(os.unlink))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", dying(shutil.rmtree))
+    monkeypatch.setattr(checkpoint, "save_to_pkl", dying(checkpoint.save_to_pkl))
+    seen = set()
+    for n_calls in range(40):
+        old_steps = steps_done(tmp_path)
+        model.learn(1, reset_num_timesteps=False)
+        calls_left = n_calls
+        try:
+            callback.save()
+            finished = True
+        except Killed:
+            finished = False
+        calls_left = 10**9
+        resumed = reload(tmp_path)
+        assert resumed.num_timesteps in (old_steps, model.num_timesteps)
+        assert resumed.replay_buffer.size() == resumed.num_timesteps
+        seen.add((finished, resumed.num_timesteps == model.num_timesteps))
+        if finished:
+            break
+    # killed too early, killed while cleaning up, not killed
+    assert seen == {(False, False), (False, True), (True, True)}
+
+
+def test_killed_while_saving(tmp_path):
+    for delay in (0.0, 0.03, 0.1):
+        path = tmp_path / str(delay)
+        with subprocess.Popen(
+            [sys.executable, "-c", SAVE_IN_A_LOOP, str(path)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline()
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        model = reload(path)
+        assert model.num_timesteps == model.replay_buffer.size() > 0
+        model.learn(5, callback=ResumableCheckpoint(100, path), reset_num_timesteps=False)
+        assert len(list(path.iterdir())) == 1

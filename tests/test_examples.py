@@ -1,0 +1,106 @@
+"""The examples, run as a user runs them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+from matplotlib import image
+
+from sb3_softq import SoftQ
+from sb3_softq.checkpoint import steps_done
+
+ROOT = Path(__file__).parent.parent
+TRAIN = [sys.executable, str(ROOT / "examples" / "train_walker2d.py")]
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120", **more}
+
+
+def run(*args, code=0, **more):
+    result = subprocess.run([*TRAIN, *args], env=environment(**more), capture_output=True, text=True, timeout=600)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_train_walker2d(tmp_path):
+    output = run("--steps", "200", "--out", str(tmp_path))
+    assert "return" in output
+    with np.load(tmp_path / "evaluations.npz") as evaluations:
+        assert evaluations["timesteps"].tolist() == [40, 80, 120, 160, 200]
+    for name in ("model.zip", "best_model.zip"):
+        assert SoftQ.load(tmp_path / name).num_timesteps >= 40
+    assert steps_done(tmp_path / "checkpoints") == 200
+    assert len(list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))) == 1
+    assert image.imread(tmp_path / "learning_curve.png").std() > 0.01
+    frames = imageio.mimread(tmp_path / "video.mp4", memtest=False)
+    assert len(frames) > 100
+    assert frames[0].std() > 1
+    assert np.abs(frames[0].astype(float) - frames[20]).max() > 10
+    for name in ("checkpoints", "model.zip", "best_model.zip", "learning_curve.png", "video.mp4"):
+        assert str(tmp_path / name) in output
+
+
+def test_interrupt_and_resume(tmp_path):
+    # a run of before, to be kept
+    (tmp_path / "model.zip").write_text("precious")
+    with subprocess.Popen(
+        [*TRAIN, "--steps", "100000", "--out", str(tmp_path)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        # a shell's background job ignores SIGINT, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        deadline = time.monotonic() + 300
+        log = tmp_path / "monitor" / "0000000000.monitor.csv"
+        while not (log.exists() and len(log.read_text().splitlines()) > 6) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, output
+    steps = steps_done(tmp_path / "checkpoints")
+    assert steps > 0
+    assert f"Interrupted at step {steps}" in output
+    assert f"--out {tmp_path} --steps 100000 --resume" in output
+    assert SoftQ.load(tmp_path / "model.zip").num_timesteps == steps
+    assert (tmp_path / "learning_curve.png").exists()
+    assert (tmp_path / "earlier-1" / "model.zip").read_text() == "precious"
+
+    # an OpenGL that does not exist: the run succeeds, and says why there is no video
+    output = run("--steps", str(steps + 50), "--out", str(tmp_path), "--resume", MUJOCO_GL="none")
+    assert f"at step {steps}" in output
+    assert "No video" in output
+    assert steps_done(tmp_path / "checkpoints") == steps + 50
+    assert SoftQ.load(tmp_path / "model.zip").num_timesteps == steps + 50
+    # one run of two sessions
+    assert len(list((tmp_path / "monitor").iterdir())) == 2
+    assert [folder.name for folder in (tmp_path / "tensorboard").iterdir()] == ["SoftQ_1"]
+    with np.load(tmp_path / "evaluations.npz") as evaluations:
+        assert evaluations["timesteps"][-1] <= steps + 50
+
+
+def test_wrong_arguments(tmp_path):
+    result = subprocess.run([*TRAIN, "--steps", "0"], env=environment(), capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--steps 0 is not allowed" in result.stderr
+
+
+def test_missing_extras_are_named(tmp_path):
+    blocked = (
+        "import importlib.util, runpy, sys\n"
+        "find_spec = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *args: None if name == 'tensorboard' else find_spec(name, *args)\n"
+        f"sys.argv = ['train_walker2d.py', '--out', {str(tmp_path / 'out')!r}]\n"
+        f"runpy.run_path({TRAIN[1]!r}, run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", blocked], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "needs tensorboard" in result.stderr
+    assert "pip install sb3-softq[extra]" in result.stderr
+    assert not (tmp_path / "out").exists()
