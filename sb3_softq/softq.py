@@ -170,6 +170,8 @@ class SoftQ(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
+        # SAC leaves the key in the dict that it was given, which a user may pass to us next
+        policy_kwargs = {k: v for k, v in (policy_kwargs or {}).items() if (k, v) != ("use_sde", False)}
         super().__init__(
             policy,
             env,
@@ -377,10 +379,14 @@ class SoftQ(OffPolicyAlgorithm):
         q_values = self._min_q_values(self.critic, obs, u)
         (q_force,) = th.autograd.grad(q_values.sum(), u)
         with th.no_grad():
+            components = mean, log_std
+            if self.n_density_particles > 0:
+                # They make the density true, and cost no evaluation of the critics
+                extra = actor.particles(features, actor.noise(len(features), self.n_density_particles))
+                components = th.cat([mean, extra[0]], dim=1), th.cat([log_std, extra[1]], dim=1)
+        # bfloat16 has enough digits for the networks, not for densities and kernels
+        with th.no_grad(), th.autocast(self.device.type, enabled=False):
             u = u.detach()
-            # More components than particles: they make the density true, and cost no evaluation of the critics
-            extra = actor.particles(features.detach(), actor.noise(len(features), self.n_density_particles))
-            components = (th.cat(pair, dim=1) for pair in zip((mean, log_std), extra, strict=True))
             log_prob, score = mixture_log_prob_and_score(u, *components)
             kernel_force = q_force + hot_ent_coef * tanh_log_det_grad(u)
             density_force = kernel_force - hot_ent_coef * score

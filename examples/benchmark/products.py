@@ -61,7 +61,7 @@ def profile_products(agent: OffPolicyAlgorithm, n_updates: int) -> tuple[Counter
     return products, seconds
 
 
-def measure_products(agent: OffPolicyAlgorithm, n_threads: int, n_updates: int, repeats: int = 3) -> dict[str, float]:
+def measure_products(agent: OffPolicyAlgorithm, n_threads: int, n_updates: int, repeats: int) -> dict[str, float]:
     """
     The budget of one update. The profiler slows what lies between the products, therefore the update is timed without it.
     """

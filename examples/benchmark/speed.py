@@ -8,11 +8,9 @@ See the README of this folder for what is measured and how.
 """
 
 import argparse
-import csv
 import inspect
 import multiprocessing
 import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,12 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from measuring import Row, interleave, machine, ratio, set_threads, show, write
 from plain_port import PlainSoftQ
 from products import measure_products
 from sb3_contrib import TQC, CrossQ
@@ -41,8 +40,6 @@ try:
 except ImportError:
     SBX_SAC = None
 
-Key = TypeVar("Key")
-Row = dict[str, Any]
 
 ENV_ID = "Walker2d-v4"
 NET: dict[str, Any] = dict(net_arch=[256, 256])
@@ -77,69 +74,6 @@ class Effort:
 
 
 QUICK = Effort(2, 4, 110, 2, 2, 20, 400, every=3)
-
-
-# ---------------------------------------------------------------------- tools
-
-
-def machine() -> str:
-    """What the numbers depend on besides the code."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    versions = f"torch {th.__version__}, Python {platform.python_version()}, {platform.system()}"
-    return f"{cpu}, {os.cpu_count()} cores, {th.get_num_threads()} torch threads by default; {versions}"
-
-
-def interleave(measure: Callable[[Key], float], keys: Sequence[Key], rounds: int) -> dict[Key, list[float]]:
-    """
-    Measure all keys in turn, ``rounds`` times, so that what else happens on the machine meets all of them. Each round
-    starts with another key, since a pass can heat or throttle the next.
-    """
-    results: dict[Key, list[float]] = {key: [] for key in keys}
-    for i in range(rounds):
-        for j in range(len(keys)):
-            key = keys[(i + j) % len(keys)]
-            results[key].append(measure(key))
-    return results
-
-
-def ratio(values: list[float], reference: list[float] | None) -> float | str:
-    """Median over the rounds of the ratio within a round."""
-    return "" if reference is None else median(a / b for a, b in zip(values, reference, strict=True))
-
-
-def show(rows: list[Row]) -> None:
-    cells = [list(rows[0]), *([f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    print(flush=True)
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    """A CSV file whose first line is a comment that describes the machine."""
-    with path.open("w", newline="") as file:
-        file.write(f"# {machine()}\n")
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
-    show(rows)
-
-
-def set_threads(n_threads: int, pin: bool = False) -> None:
-    """
-    :param n_threads: Threads of torch
-    :param pin: Confine the process to as many cores. For JAX, whose threads cannot be set once it runs.
-    """
-    th.set_num_threads(n_threads)
-    if hasattr(os, "sched_setaffinity"):
-        for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), CORES[:n_threads] if pin else CORES)
-
-
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 # ---------------------------------------------------------------------- table: steps per second and matrix products
@@ -205,11 +139,12 @@ def measure_table(effort: Effort, threads: Sequence[int], out: Path) -> None:
             row[column] = ratio(values, speeds[reference, n_threads] if comparable else None)
         set_threads(n_threads)
         if "sbx" not in name:
-            row |= measure_products(models[name], n_threads, effort.profiled_updates)
+            row |= measure_products(models[name], n_threads, effort.profiled_updates, min(effort.rounds, 3))
         rows.append(row)
     rows = [{column: row.get(column, "") for column in rows[0]} for row in rows]
     rows += [dict.fromkeys(rows[0], "") | dict(algorithm=name, steps_per_second="not installed") for name in missing]
     write(out / "speed_table.csv", rows)
+    show(rows)
     plot_table([row for row in rows if row["threads"]], threads, out / "speed_table.png")
 
 
@@ -257,24 +192,20 @@ def growth_agent(axis: str, value: int) -> SoftQ:
 
 
 def growth_update(model: SoftQ, n_updates: int) -> None:
-    """Some updates; with several environments as many steps of all of them, each followed by an update per environment."""
-    if model.n_envs > 1:
+    """Some updates; with ``gradient_steps=-1`` as many steps of all environments, each followed by an update for each."""
+    if model.gradient_steps == -1:
         model.learn(n_updates * model.n_envs, reset_num_timesteps=False)
     else:
         model.train(n_updates, model.batch_size)
 
 
 def peak_memory(axis: str, value: int, n_updates: int) -> float:
-    """Peak of the resident memory in MB, to be called in a process of its own."""
+    """Peak of the resident memory in MB (on Linux, elsewhere nan), to be called in a process of its own."""
     th.set_num_threads(1)
     growth_update(growth_agent(axis, value), n_updates)
+    # not getrusage, whose maximum a child process inherits from its parent
     status = Path("/proc/self/status")
-    if status.exists():
-        # not getrusage, whose maximum a child process inherits from its parent
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if platform.system() == "Linux" else 1024) / 1024
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024 if status.exists() else float("nan")
 
 
 def in_new_process(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
@@ -310,6 +241,7 @@ def measure_growth(effort: Effort, out: Path) -> None:
             rows.append(row | dict(peak_mb=memory[i]))
         print(f"measured: {axis}", flush=True)
     write(out / "speed_growth.csv", rows)
+    show(rows)
     plot_growth(rows, out / "speed_growth.png")
 
 
@@ -342,6 +274,7 @@ def measure_predict(effort: Effort, out: Path) -> None:
         for key in keys
     ]
     write(out / "speed_predict.csv", rows)
+    show(rows)
 
 
 # ---------------------------------------------------------------------- memory over a run
@@ -363,10 +296,10 @@ class MemoryCallback(BaseCallback):
 
 
 def memory_over_steps(n_steps: int) -> list[tuple[int, float]]:
-    """Resident memory over a run whose replay buffer is full from the start, to be called in a process of its own."""
+    """Resident memory over a run whose replay buffer is full already, to be called in a process of its own."""
     th.set_num_threads(1)
     callback = MemoryCallback(max(n_steps // 50, 1))
-    growth_agent("environments", 1).learn(n_steps, callback)
+    growth_agent("environments", 1).learn(n_steps, callback, reset_num_timesteps=False)
     return callback.samples
 
 

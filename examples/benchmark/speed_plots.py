@@ -39,12 +39,11 @@ def plot_growth(rows: list[dict[str, Any]], path: Path) -> None:
         top.plot(values, [mine[0]["ms"] * row["linear"] for row in mine], "--", color="0.6", label="linear")
         top.set(xscale="log", yscale="log", title=axis)
         bottom.plot(values, [row["peak_mb"] for row in mine], "o-")
-        bottom.set(xlabel=axis)
+        bottom.set(xlabel="environments, an update for each" if axis == "environments" else axis)
         bottom.set_xticks(values, [str(value) for value in values])
         bottom.minorticks_off()
         for ax in (top, bottom):
             ax.grid(alpha=0.3)
-    axes[0, -1].set_title("environments (each with an update)")
     axes[0, 0].set_ylabel("ms per update")
     axes[1, 0].set_ylabel("peak memory of the process, MB")
     axes[1, 0].set_ylim(bottom=0)

@@ -1,6 +1,7 @@
 """Train and evaluate one cell of the learning benchmark. Started by ``learning.py run``, which stays at the other end."""
 
 import csv
+import hashlib
 import inspect
 import json
 import math
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -324,7 +326,7 @@ def configure(cell: Cell) -> None:
     packages = ("stable_baselines3", "sb3_contrib", "torch", "gymnasium", "mujoco", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     if CLASSES[cell.algo] is SoftQ:
-        versions |= {"sb3_softq": sb3_softq.__version__, "commit": commit()}
+        versions |= {"sb3_softq": sb3_softq.__version__, "commit": commit(), "source": source()}
     config = json.loads(json.dumps({**cell.identity, "arguments": used, "versions": versions}))
     if cell.config.exists():
         check_same_run(cell)
@@ -342,11 +344,19 @@ def configure(cell: Cell) -> None:
 
 def commit() -> str:
     """Of the package that is used, empty where it does not lie in a clone."""
-    command = ["git", "-C", os.path.dirname(sb3_softq.__file__), "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(Path(sb3_softq.__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def source() -> str:
+    """Digest of the modules that learn: a commit does not tell what was changed since."""
+    digest = hashlib.sha256()
+    for name in ("softq", "policies", "stein", "soft_value"):
+        digest.update((Path(sb3_softq.__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def stop_with_parent() -> None:
