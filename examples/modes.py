@@ -6,6 +6,7 @@ One picture of the difference: a one-step task with three good ways of acting, o
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import matplotlib
@@ -62,7 +63,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("examples/results/modes.png"))
     args = parser.parse_args()
 
-    kwargs = dict(learning_rate=1e-3, learning_starts=500, ent_coef=ALPHA, train_freq=8, gradient_steps=8, seed=args.seed)
+    kwargs: dict[str, Any] = dict(
+        learning_rate=1e-3, learning_starts=500, ent_coef=ALPHA, train_freq=8, gradient_steps=8, seed=args.seed
+    )
     softq = SoftQ("MlpPolicy", ThreeWays(), n_actor_particles=16, **kwargs).learn(args.steps)
     sac = SAC("MlpPolicy", ThreeWays(), **kwargs).learn(args.steps)
     obs = np.zeros((20_000, 1), dtype=np.float32)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import FloatSchedule
+from stable_baselines3.common.type_aliases import Schedule, TrainFrequencyUnit
 
 
 def _refuse(name: str, value: object, allowed: str) -> ValueError:
@@ -17,19 +16,23 @@ def _refuse(name: str, value: object, allowed: str) -> ValueError:
 
 
 def _is_real(value: object) -> bool:
-    """A finite number, which ``True`` and ``nan`` are not."""
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that is finite in single precision, which ``True`` and ``nan`` are not."""
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        return False
+    return abs(value) <= float(np.finfo(np.float32).max)
 
 
-def check_integer(name: str, value: object, minimum: int) -> None:
+def check_integer(name: str, value: object, minimum: int, maximum: float = math.inf) -> None:
     """
     :param name: Name of the argument
     :param value: Its value
     :param minimum: Smallest value allowed
-    :raises ValueError: if the value is not an integer, or too small
+    :param maximum: Largest value allowed
+    :raises ValueError: if the value is not an integer between the bounds
     """
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < minimum:
-        raise _refuse(name, value, f"an integer >= {minimum}")
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not minimum <= value <= maximum:
+        upper = f" and <= {maximum}" if math.isfinite(maximum) else ""
+        raise _refuse(name, value, f"an integer >= {minimum}{upper}")
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
@@ -47,25 +50,43 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
         raise _refuse(name, value, f"a finite number{lower}{upper}")
 
 
-def check_schedule(name: str, value: float | Schedule, low: float, open_low: bool = True) -> None:
+def check_schedule(
+    name: str, value: float | Schedule, low: float, open_low: bool = True, may_end_at_low: bool = False
+) -> None:
     """
     :param name: Name of the argument
     :param value: A number, or a function of the progress remaining (from 1 to 0), which is tried at both ends
     :param low: Lower bound
     :param open_low: Whether the lower bound itself is not allowed
+    :param may_end_at_low: Whether a function may end at the lower bound even where a constant may not be it
     :raises ValueError: if a value is not a finite number above the bound
     """
     if not callable(value):
         check_number(name, value, low, open_low=open_low)
         return
     for progress_remaining in (1.0, 0.0):
-        # A schedule may end at 0 even where a constant may not be 0
-        check_number(
-            f"{name}({progress_remaining:g})",
-            FloatSchedule(value)(progress_remaining),
-            low,
-            open_low=open_low and progress_remaining == 1.0,
-        )
+        try:
+            number = float(value(progress_remaining))
+        except (TypeError, ValueError) as error:
+            raise _refuse(name, value, "a number, or a function of the progress remaining that returns one") from error
+        at_end = may_end_at_low and progress_remaining == 0.0
+        check_number(f"{name}({progress_remaining:g})", number, low, open_low=open_low and not at_end)
+
+
+def check_train_freq(value: Any, n_envs: int) -> None:
+    """
+    :param value: A number of steps, or a tuple of a number and its unit
+    :param n_envs: Number of environments
+    :raises ValueError: if it is neither
+    """
+    frequency, unit = value if isinstance(value, tuple) and len(value) == 2 else (value, "step")
+    # a loaded agent has the enumeration in place of the name
+    unit = unit.value if isinstance(unit, TrainFrequencyUnit) else unit
+    units = [member.value for member in TrainFrequencyUnit]
+    if not isinstance(frequency, int) or isinstance(frequency, bool) or frequency < 1 or unit not in units:
+        raise _refuse("train_freq", value, f"an integer >= 1, or a tuple of an integer >= 1 and one of {units}")
+    if n_envs > 1 and unit == "episode":
+        raise _refuse("train_freq", value, f"in steps where there are several environments (n_envs={n_envs})")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_softq.checks import check_integer, check_number
 from sb3_softq.soft_value import local_log_std, mixture_mode
 
 Smoothing = Literal["learned", "local", "none"]
@@ -158,6 +159,22 @@ class SamplingActor(BasePolicy):
         """
         return th.randn(batch_size, n_particles, self.action_dim, device=self.device)
 
+    def components(self, features: th.Tensor, n_components: int) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Independent draws of a component of the policy's density, as :meth:`sample` uses them.
+
+        :param features: Shape (batch_size, features_dim)
+        :param n_components: Number of components per state
+        :return: Centres and log standard deviations, shapes (batch_size, n_components, action_dim)
+        """
+        if self.smoothing != "local":
+            return self.particles(features, self.noise(len(features), n_components))
+        # Bandwidths depend on the neighbours: a fresh handful for each component, of which the first is used
+        features = features.repeat_interleave(n_components, dim=0)
+        mean, log_std = self.particles(features, self.noise(len(features), self.n_neighbours))
+        shape = (-1, n_components, self.action_dim)
+        return mean[:, 0].reshape(shape), log_std[:, 0].reshape(shape)
+
     def sample(self, obs: PyTorchObs, n_actions: int = 1) -> th.Tensor:
         """
         Independent draws from the policy.
@@ -167,13 +184,7 @@ class SamplingActor(BasePolicy):
         :return: Pre-tanh actions, shape (batch_size, n_actions, action_dim)
         """
         features = self.extract_features(obs, self.features_extractor)
-        if self.smoothing == "local":
-            # Bandwidths depend on the neighbours: a fresh handful for each action, of which the first is used
-            features = features.repeat_interleave(n_actions, dim=0)
-            mean, log_std = self.particles(features, self.noise(len(features), self.n_neighbours))
-            mean, log_std = (x[:, 0].reshape(-1, n_actions, self.action_dim) for x in (mean, log_std))
-        else:
-            mean, log_std = self.particles(features, self.noise(len(features), n_actions))
+        mean, log_std = self.components(features, n_actions)
         if self.smoothing == "none":
             return mean
         return mean + th.exp(log_std) * th.randn_like(mean)
@@ -278,6 +289,8 @@ class SoftQPolicy(BasePolicy):
         )
         if smoothing not in SMOOTHINGS:
             raise ValueError(f"smoothing={smoothing!r} is not known, it must be one of {', '.join(SMOOTHINGS)}")
+        check_integer("n_critics", n_critics, 1)
+        check_number("log_std_init", log_std_init)
         self.net_arch = [256, 256] if net_arch is None else net_arch
         self.activation_fn = activation_fn
         self.smoothing = smoothing

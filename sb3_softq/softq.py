@@ -27,6 +27,7 @@ from sb3_softq.checks import (
     check_keywords,
     check_number,
     check_schedule,
+    check_train_freq,
 )
 from sb3_softq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, ParticleCritic, SamplingActor, SoftQPolicy
 from sb3_softq.soft_value import (
@@ -170,8 +171,9 @@ class SoftQ(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        # SAC leaves the key in the dict that it was given, which a user may pass to us next
-        policy_kwargs = {k: v for k, v in (policy_kwargs or {}).items() if (k, v) != ("use_sde", False)}
+        if isinstance(policy_kwargs, dict) and policy_kwargs.get("use_sde") is False:
+            # SAC leaves it in the dict that it was given, which a user may pass to us next
+            policy_kwargs = {key: value for key, value in policy_kwargs.items() if key != "use_sde"}
         super().__init__(
             policy,
             env,
@@ -221,10 +223,15 @@ class SoftQ(OffPolicyAlgorithm):
             self._setup_model()
 
     def _check_arguments(self) -> None:
-        check_schedule("learning_rate", self.learning_rate, 0.0)
-        check_schedule("ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0)
+        if not isinstance(self.policy_kwargs, dict):
+            raise ValueError(f"policy_kwargs={self.policy_kwargs!r} is not allowed: it must be a dict")
+        if self.seed is not None:
+            check_integer("seed", self.seed, 0, 2**32 - 1)
+        check_train_freq(self.train_freq, self.n_envs)
+        check_schedule("learning_rate", self.learning_rate, 0.0, may_end_at_low=True)
+        check_schedule("ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0, may_end_at_low=True)
         if self.actor_learning_rate is not None:
-            check_schedule("actor_learning_rate", self.actor_learning_rate, 0.0)
+            check_schedule("actor_learning_rate", self.actor_learning_rate, 0.0, may_end_at_low=True)
         for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "stats_window_size"):
             check_integer(name, getattr(self, "_" * (name == "stats_window_size") + name), 1)
         for name in ("n_value_particles", "n_actor_particles", "n_actor_states"):
@@ -277,6 +284,7 @@ class SoftQ(OffPolicyAlgorithm):
         # here, not in the constructor: load() fills in the arguments later
         self._check_arguments()
         check_action_space(self.action_space)
+        self._convert_numbers()
         super()._setup_model()
         self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
@@ -288,6 +296,22 @@ class SoftQ(OffPolicyAlgorithm):
             # The log is what is optimized, as in SAC
             self.log_ent_coef = th.full((1,), math.log(initial_value), device=self.device, requires_grad=True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.ent_coef_lr_schedule(1), fused=True)
+
+    def _convert_numbers(self) -> None:
+        """FloatSchedule, deque and random.seed take few of numpy's numbers."""
+        for name in (
+            "learning_rate",
+            "actor_learning_rate",
+            "ent_coef_learning_rate",
+            "ent_coef",
+            "annealing",
+            "target_entropy",
+        ):
+            if isinstance(getattr(self, name), int | np.number):
+                setattr(self, name, float(getattr(self, name)))
+        self._stats_window_size = int(self._stats_window_size)
+        if self.seed is not None:
+            self.seed = int(self.seed)
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -541,7 +565,7 @@ class SoftQ(OffPolicyAlgorithm):
         """
         check_integer("n_particles", n_particles, 1)
         obs_tensor, vectorized = self._query(obs)
-        a, squeeze = self._actions_to_tensor(actions, vectorized)
+        a, squeeze = self._actions_to_tensor(actions, _batch_size(obs_tensor), vectorized)
         # the tanh of no finite u is 1
         limit = 1.0 - th.finfo(a.dtype).eps
         u = th.atanh(a.clamp(-limit, limit))
@@ -581,7 +605,7 @@ class SoftQ(OffPolicyAlgorithm):
         :return: Shape (batch_size,) or (batch_size, n)
         """
         obs_tensor, vectorized = self._query(obs)
-        a, squeeze = self._actions_to_tensor(actions, vectorized)
+        a, squeeze = self._actions_to_tensor(actions, _batch_size(obs_tensor), vectorized)
         with th.no_grad():
             q_values = self.critic.q_values(self.critic.features(obs_tensor), a).amin(dim=0)
         return self._answer(q_values, vectorized, squeeze)
@@ -616,17 +640,17 @@ class SoftQ(OffPolicyAlgorithm):
     def _density(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
         """Components of the policy's density, shapes (batch_size, n_particles, action_dim)."""
         features = self.actor.extract_features(obs, self.actor.features_extractor)
-        return self.actor.particles(features, self.actor.noise(len(features), n_particles))
+        return self.actor.components(features, n_particles)
 
-    def _actions_to_tensor(self, actions: np.ndarray, vectorized: bool) -> tuple[th.Tensor, bool]:
+    def _actions_to_tensor(self, actions: np.ndarray, batch_size: int, vectorized: bool) -> tuple[th.Tensor, bool]:
         """Normalised actions, shape (batch_size, n, action_dim), and whether n was left out."""
         actions = np.asarray(actions)
         actions = actions if vectorized else actions[None]
         shape = self.action_space.shape
         n_axes = actions.ndim - len(shape)
-        if n_axes not in (1, 2) or actions.shape[n_axes:] != shape:
+        if n_axes not in (1, 2) or actions.shape[n_axes:] != shape or len(actions) != batch_size:
             raise ValueError(
-                f"actions of shape {actions.shape} do not fit: expected (batch_size, *{shape}) or (batch_size, n, *{shape})"
+                f"actions of shape {actions.shape} do not fit: expected {(batch_size, *shape)} or {(batch_size, 'n', *shape)}"
             )
         a = self.policy.scale_action(actions).reshape(len(actions), -1, self.actor.action_dim)
         return th.as_tensor(a, dtype=th.float32, device=self.device), n_axes == 1

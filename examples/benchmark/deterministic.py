@@ -11,6 +11,7 @@ import argparse
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -105,8 +106,12 @@ def main() -> None:
     th.set_num_threads(1)
 
     bandit = TwoModes()
-    kwargs = dict(learning_rate=1e-3, ent_coef=1.0, train_freq=8, gradient_steps=8, policy_kwargs=dict(net_arch=[64, 64]))
-    tasks: list[tuple[str, SoftQ, gym.Env]] = [("two modes", SoftQ("MlpPolicy", bandit, seed=0, **kwargs).learn(5_000), bandit)]
+    kwargs: dict[str, Any] = dict(
+        learning_rate=1e-3, ent_coef=1.0, train_freq=8, gradient_steps=8, policy_kwargs=dict(net_arch=[64, 64])
+    )
+    tasks: list[tuple[str, SoftQ, gym.Env]] = [
+        ("two modes", SoftQ("MlpPolicy", bandit, seed=0, **kwargs).learn(5_000), bandit)
+    ]
     tasks += [(path.stem, SoftQ.load(path, device="cpu"), gym.make(path.stem)) for path in args.agents]
 
     rows = []
@@ -115,7 +120,10 @@ def main() -> None:
             th.manual_seed(0)
             mean, error = evaluate(model, env, candidate, args.episodes)
             rows.append({"action": name, "task": task, "return": round(mean, 2), "standard_error": round(error, 2)})
-        print(f"{name:20s}", *(f"{row['task']} {row['return']:.1f} +- {row['standard_error']:.1f}" for row in rows[-len(tasks) :]))
+        print(
+            f"{name:20s}",
+            *(f"{row['task']} {row['return']:.1f} +- {row['standard_error']:.1f}" for row in rows[-len(tasks) :]),
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))

@@ -1,0 +1,386 @@
+"""A bad argument is refused when the agent is made, by a ValueError that names the argument and its value."""
+
+import re
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_softq import SoftQ
+from sb3_softq.checks import check_choice
+
+NAN, INF = float("nan"), float("inf")
+
+
+class OneStep(gym.Env):
+    """One step per episode, with fixed observations and rewards."""
+
+    def __init__(self, action_space=None, observation=0.0, reward=1.0):
+        self.action_space = action_space or spaces.Box(-1, 1, (2,), dtype=np.float32)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (1,), dtype=np.float32)
+        self.observation = np.array([observation], dtype=np.float32)
+        self.reward = reward
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation, {}
+
+    def step(self, action):
+        return self.observation, self.reward, True, False, {}
+
+
+def make(env=None, **kwargs):
+    arguments: dict[str, Any] = {"learning_starts": 4, "batch_size": 4, "buffer_size": 50, "device": "cpu"}
+    arguments |= kwargs
+    arguments.setdefault("policy_kwargs", {"net_arch": [4]})
+    return SoftQ("MlpPolicy", env or OneStep(), **arguments)
+
+
+def refused(name, value, **kwargs):
+    """Making the agent fails, and the message says what was wrong, so that it can be put right without the source."""
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not allowed: it must be ")) as excinfo:
+        make(**{name: value}, **kwargs)
+    return str(excinfo.value)
+
+
+INTEGERS = {
+    "buffer_size": 1,
+    "batch_size": 1,
+    "n_steps": 1,
+    "target_update_interval": 1,
+    "stats_window_size": 1,
+    "n_value_particles": 1,
+    "n_actor_particles": 1,
+    "n_actor_states": 1,
+    "n_density_particles": 0,
+    "learning_starts": 0,
+    "gradient_steps": -1,
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", ["too small", 1.0, 1e6, NAN, "4", None, True, [4]])
+def test_integers(name, value):
+    value = INTEGERS[name] - 1 if value == "too small" else value
+    assert f"an integer >= {INTEGERS[name]}" in refused(name, value)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_smallest_integer_is_allowed(name):
+    assert make(**{name: np.int64(INTEGERS[name])}).learn(10).num_timesteps == 10
+
+
+@pytest.mark.parametrize("name", ["tau", "gamma"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, NAN, INF, "0.5", None, True, [0.5]])
+def test_fractions(name, value):
+    assert "a finite number >= 0.0 and <= 1.0" in refused(name, value)
+
+
+@pytest.mark.parametrize("name", ["tau", "gamma"])
+@pytest.mark.parametrize("value", [0, 1, 0.0, 1.0, np.float32(0.5)])
+def test_bounds_of_fractions_are_allowed(name, value):
+    assert make(**{name: value}).learn(10)._n_updates > 0
+
+
+POSITIVE = ("learning_rate", "actor_learning_rate", "ent_coef_learning_rate", "ent_coef", "bandwidth")
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", [0, 0.0, -1e-3, NAN, INF, True, [1e-3], th.tensor(1e-3)])
+def test_positive_numbers(name, value):
+    assert "a finite number > 0.0" in refused(name, value)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "ent_coef_learning_rate", "ent_coef", "bandwidth", "annealing"])
+def test_none_is_no_number(name):
+    assert "a finite number" in refused(name, None)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "actor_learning_rate", "ent_coef_learning_rate"])
+@pytest.mark.parametrize("value", ["1e-3", "auto", "lin_1e-3"])
+def test_learning_rates_are_no_strings(name, value):
+    assert "a finite number > 0.0" in refused(name, value)
+
+
+@pytest.mark.parametrize("name", [*POSITIVE, "annealing", "target_entropy"])
+@pytest.mark.parametrize("value", [1, np.float32(1.5), np.float64(1.5), np.int64(2)])
+def test_any_kind_of_number_works(name, value):
+    """Numbers come out of configuration files and random generators in all types."""
+    kwargs = {"ent_coef": 0.5} if name == "annealing" else {}
+    assert make(**{name: value}, **kwargs).learn(10)._n_updates > 0
+
+
+SCHEDULES = ("learning_rate", "actor_learning_rate", "ent_coef_learning_rate", "ent_coef", "annealing")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("value", [-1.0, NAN, INF])
+@pytest.mark.parametrize("progress_remaining", [1.0, 0.0])
+def test_schedules_are_tried_at_both_ends(name, value, progress_remaining):
+    def schedule(progress):
+        return value if progress == progress_remaining else 1.0
+
+    with pytest.raises(ValueError, match=re.escape(f"{name}({progress_remaining:g})={value!r} is not allowed")):
+        make(**{name: schedule})
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("schedule", [lambda _: None, lambda _: "a", lambda: 1.0, lambda _: [1.0, 2.0]])
+def test_schedules_return_numbers(name, schedule):
+    with pytest.raises(ValueError, match=f"{name}.* is not allowed"):
+        make(**{name: schedule})
+
+
+@pytest.mark.parametrize("name", SCHEDULES[:3])
+def test_learning_rates_may_end_at_zero(name):
+    assert make(**{name: LinearSchedule(1e-3, 0.0, 1.0)}).learn(20)._n_updates > 0
+
+
+def test_temperature_may_not_end_at_zero():
+    """It divides: hours of training would end in nan with the last update."""
+    with pytest.raises(ValueError, match=re.escape("ent_coef(0)=0.0 is not allowed: it must be a finite number > 0.0")):
+        make(ent_coef=LinearSchedule(0.1, 0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "value", ["Auto", "auto_", "auto_0", "auto_-1", "auto_x", "auto_nan", "auto_inf", "0.1", "", "autox", "auto0.1"]
+)
+def test_ent_coef_strings(value):
+    message = refused("ent_coef", value)
+    assert "'auto_X' with an initial value X > 0" in message
+
+
+@pytest.mark.parametrize(("value", "expected"), [("auto", 1.0), ("auto_0.1", 0.1), ("auto_1e-2", 0.01), ("auto_5", 5.0)])
+def test_initial_temperature(value, expected):
+    assert make(ent_coef=value)._ent_coef_tensor().item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", ["Auto", "auto_1", "-2", NAN, INF, None, True, [-1.0]])
+def test_target_entropy(value):
+    message = refused("target_entropy", value)
+    assert ("'auto'" if isinstance(value, str) else "a finite number") in message
+
+
+@pytest.mark.parametrize("value", [0.5, 0, -1.0, NAN, INF, True])
+def test_annealing_is_at_least_one(value):
+    assert "a finite number >= 1.0" in refused("annealing", value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("proposal", "uniforn", "'uniform'"),
+        ("proposal", None, "one of 'policy', 'uniform', 'mixture'"),
+        ("kernel", "RBF", "one of 'rbf', 'imq', 'delta'"),
+        ("kernel", "rbff", "did you mean 'rbf'?"),
+        ("kernel", 1, "one of"),
+        ("repulsion", "densities", "did you mean 'density'?"),
+        ("repulsion", True, "one of 'density', 'kernel'"),
+        ("bandwidth", "mediam", "did you mean 'median'?"),
+        ("annealing", "Auto", "one of 'auto'"),
+    ],
+)
+def test_names(name, value, hint):
+    assert hint in refused(name, value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.5, NAN, "0.5", True])
+def test_kernel_update_ratio(value):
+    assert "a finite number > 0.0 and <= 1.0" in refused("kernel_update_ratio", value)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"kernel_update_ratio": 1.0}, {"n_actor_particles": 1}, {"kernel": "delta"}],
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_kernel_update_ratio_splits_particles_of_a_kernel(kwargs):
+    with pytest.raises(ValueError, match=r"kernel_update_ratio=(0\.5|1\.0) is not allowed: it must be < 1, and splits"):
+        make(**{"kernel_update_ratio": 0.5, **kwargs})
+
+
+def test_no_repulsion_without_a_kernel_or_a_density():
+    with pytest.raises(ValueError, match=r"repulsion='kernel' is not allowed with kernel='delta'.*must be 'density'"):
+        make(kernel="delta", repulsion="kernel")
+    with pytest.raises(ValueError, match=r"repulsion='density' is not allowed with smoothing='none'.*must be 'kernel'"):
+        make(policy_kwargs={"smoothing": "none"})
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 1.5, "4", None, True, (), (1,), [1, "step"], (1, "steps"), (0, "episode"), (1.5, "step"), (1, "step", 2)]
+)
+def test_train_freq(value):
+    refused("train_freq", value)
+
+
+def test_no_episodes_with_several_environments():
+    with pytest.raises(ValueError, match=r"train_freq=\(1, 'episode'\) is not allowed.*n_envs=2"):
+        make(make_vec_env(OneStep, 2), train_freq=(1, "episode"))
+
+
+@pytest.mark.parametrize("value", [-1, 2**32, 0.5, "0", NAN])
+def test_seed(value):
+    refused("seed", value)
+
+
+@pytest.mark.parametrize("value", [None, 0, 2**32 - 1, np.int64(3)])
+def test_seed_is_any_integer_of_32_bits(value):
+    assert make(seed=value).learn(10)._n_updates > 0
+
+
+@pytest.mark.parametrize("value", ["net_arch", [], 3])
+def test_policy_kwargs_is_a_dict(value):
+    refused("policy_kwargs", value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_critics", 0),
+        ("n_critics", 1.5),
+        ("n_critics", None),
+        ("log_std_init", NAN),
+        ("log_std_init", "small"),
+        ("log_std_init", None),
+        ("smoothing", "Learned"),
+        ("smoothing", None),
+    ],
+)
+def test_policy_arguments(name, value):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not")):
+        make(policy_kwargs={name: value})
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(np.array([-1, 0], dtype=np.float32), np.array([1, 0], dtype=np.float32)),
+        spaces.Box(-1, 1, (0,), dtype=np.float32),
+    ],
+    ids=["no_width", "no_dimension"],
+)
+def test_action_space(space):
+    with pytest.raises(ValueError, match=r"action_space=Box.* is not allowed: it must be a Box with finite bounds"):
+        make(OneStep(space))
+
+
+def test_unknown_names_of_anything():
+    """Of a choice that resembles nothing, no guess is made."""
+    with pytest.raises(ValueError, match=r"'policy'$"):
+        check_choice("proposal", "xyz", ("policy",))
+
+
+@pytest.mark.parametrize("value", [1, 1e-3, LinearSchedule(1e-3, 1e-4, 0.5), lambda p: np.float32(1e-3 * (p + 1))])
+def test_learning_rates_are_numbers_or_functions_of_any_kind(value):
+    model = make(learning_rate=value)
+    assert model.lr_schedule(1.0) == pytest.approx(value(1.0) if callable(value) else value)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["reward", "observation"])
+def test_data_that_is_no_number_stops_training(name, value):
+    model = make(make_vec_env(lambda: OneStep(**{name: value}), 2), learning_starts=0)
+    with pytest.raises(ValueError, match=rf"{name} of environment 0 is not finite at step 2: .*{value}.*Training stopped"):
+        model.learn(20)
+    # and leaves no trace
+    assert model.replay_buffer.size() == 0
+    assert all(th.isfinite(tensor).all() for tensor in model.policy.state_dict().values())
+
+
+def test_data_is_checked_before_it_is_normalised():
+    env = VecNormalize(make_vec_env(lambda: OneStep(reward=INF)))
+    with pytest.raises(ValueError, match="reward of environment 0 is not finite"):
+        make(env).learn(20)
+
+
+@pytest.mark.parametrize("value", ["n_critic", "use_sde", "nonsense"])
+def test_policy_kwargs_are_known(value):
+    with pytest.raises(ValueError, match=f"key of policy_kwargs='{value}' is not allowed: it must be one of .*'n_critics'"):
+        make(policy_kwargs={value: 1})
+
+
+def test_diverged_training_stops():
+    with pytest.raises(ValueError, match="Lower learning rates"):
+        make(learning_rate=1e30).learn(20)
+
+
+numbers = st.one_of(
+    st.floats(),
+    st.floats(0, 3),
+    st.integers(-3, 9),
+    st.booleans(),
+    st.none(),
+    st.text(max_size=3),
+    st.sampled_from(["auto", "auto_0.1", "auto_-1", "auto_1e400", "median", np.float32(0.5), np.int64(2), np.bool_(True)]),
+)
+schedules = st.one_of(
+    numbers, numbers.map(lambda x: lambda _: x), st.builds(LinearSchedule, *[st.floats(-1, 3)] * 2, st.just(1.0))
+)
+# sizes stay small: a large one is a large computation, not an error
+sizes = st.one_of(st.integers(-3, 9), st.floats(-3, 9), st.booleans(), st.none(), st.text(max_size=3), st.just(np.int64(2)))
+
+
+def names(*valid):
+    return st.one_of(st.sampled_from(valid), st.text(max_size=4), st.none(), st.integers(0, 2))
+
+
+ARGUMENTS = {
+    "learning_rate": schedules,
+    "actor_learning_rate": schedules,
+    "ent_coef_learning_rate": schedules,
+    "ent_coef": schedules,
+    "annealing": schedules,
+    "target_entropy": numbers,
+    "bandwidth": numbers,
+    "tau": numbers,
+    "gamma": numbers,
+    "kernel_update_ratio": numbers,
+    **dict.fromkeys(INTEGERS, sizes),
+    "train_freq": st.one_of(sizes, st.tuples(sizes, names("step", "episode")), st.lists(sizes, max_size=2)),
+    "seed": st.one_of(sizes, st.integers()),
+    "proposal": names("policy", "uniform", "mixture"),
+    "kernel": names("rbf", "imq", "delta"),
+    "repulsion": names("density", "kernel"),
+    "policy_kwargs": st.one_of(
+        st.none(),
+        st.integers(),
+        st.fixed_dictionaries(
+            {"net_arch": st.just([4])},
+            optional={"smoothing": names("learned", "local", "none"), "n_critics": sizes, "log_std_init": numbers},
+        ),
+    ),
+}
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.one_of(
+        # one argument at a time, so that not every example is refused for the sake of another
+        *[st.fixed_dictionaries({name: values}) for name, values in ARGUMENTS.items()],
+        st.fixed_dictionaries({}, optional=ARGUMENTS),
+    )
+)
+def test_a_working_agent_or_a_value_error(kwargs):
+    message = ""
+    try:
+        model = make(**kwargs)
+    except ValueError as error:
+        message = str(error)
+    if message:
+        # it names one of the arguments given
+        assert any(name in message for name in (*kwargs, "n_critics", "log_std_init", "smoothing"))
+        return
+    assert np.isfinite(model.predict(np.zeros(1, dtype=np.float32), deterministic=True)[0]).all()
+    try:
+        model.learn(12)
+    except ValueError as error:
+        message = str(error)
+    # extreme values, which no check can tell from daring ones, stop with a word of advice
+    assert "training stopped" in message if message else model.num_timesteps >= 12

@@ -1,0 +1,483 @@
+"""SoftQ trains with every option, policy, space and wrapper that Stable-Baselines3 offers an off-policy algorithm."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnvBox, SimpleMultiObsEnv
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage, is_vecenv_wrapped
+from torch import nn
+
+from sb3_softq import SoftQ
+
+
+class RandomEnv(gym.Env):
+    """Random observations, a reward for large actions, episodes of 20 steps."""
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+        self.observation_space = spaces.Box(-1.0, 1.0, (3,), dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.np_random.uniform(-1.0, 1.0, 3).astype(np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.t += 1
+        return self.np_random.uniform(-1.0, 1.0, 3).astype(np.float32), float(action.sum()), False, self.t == 20, {}
+
+
+def make(policy="MlpPolicy", env="Pendulum-v1", policy_kwargs=None, **kwargs):
+    arguments: dict[str, Any] = {
+        "learning_starts": 8,
+        "batch_size": 8,
+        "buffer_size": 200,
+        "seed": 0,
+        "device": "cpu",
+    }
+    arguments |= kwargs
+    return SoftQ(policy, env, policy_kwargs={"net_arch": [8]} | (policy_kwargs or {}), **arguments)
+
+
+def flat(module):
+    return nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
+def check_training(model, n_timesteps=24):
+    """Train: actor, critic and target move, and everything that is learned or logged is finite."""
+    modules = [model.actor, model.critic, model.critic_target]
+    before = [flat(module) for module in modules]
+    model.learn(n_timesteps)
+    assert model._n_updates > 0
+    for module, old in zip(modules, before, strict=True):
+        new = flat(module)
+        assert th.isfinite(new).all()
+        assert not th.equal(new, old)
+    logged = {key: value for key, value in model.logger.name_to_value.items() if key.startswith("train/")}
+    assert np.isfinite(list(logged.values())).all()
+    return logged
+
+
+def hidden_sizes(net):
+    return [layer.out_features for layer in net if isinstance(layer, nn.Linear)][:-1]
+
+
+@pytest.mark.parametrize(
+    ("net_arch", "actor_sizes", "critic_sizes"),
+    [([], [], []), ([4], [4], [4]), ([4, 6], [4, 6], [4, 6]), ({"pi": [8, 4], "qf": [6]}, [8, 4], [6])],
+)
+def test_net_arch(net_arch, actor_sizes, critic_sizes):
+    model = make(policy_kwargs={"net_arch": net_arch})
+    assert hidden_sizes(model.actor.net) == actor_sizes
+    for critic in (model.critic, model.critic_target):
+        assert [hidden_sizes(net) for net in critic.q_networks] == [critic_sizes] * 2
+    check_training(model)
+
+
+def test_default_net_arch():
+    model = make(policy_kwargs={"net_arch": None})
+    assert hidden_sizes(model.actor.net) == [256, 256]
+    assert hidden_sizes(model.critic.q_networks[0]) == [256, 256]
+
+
+@pytest.mark.parametrize("n_critics", [1, 3])
+def test_n_critics(n_critics):
+    model = make(policy_kwargs={"n_critics": n_critics})
+    obs, actions = th.zeros(5, 3), th.zeros(5, 1)
+    q_values = model.critic(obs, actions)
+    assert [q.shape for q in q_values] == [(5, 1)] * n_critics
+    th.testing.assert_close(
+        th.as_tensor(model.q_values(obs.numpy(), actions.numpy())), th.cat(q_values, dim=1).min(dim=1).values.detach()
+    )
+    check_training(model)
+
+
+@pytest.mark.parametrize("activation_fn", [nn.Tanh, nn.ELU, nn.ReLU])
+def test_activation(activation_fn):
+    model = make(policy_kwargs={"activation_fn": activation_fn})
+    for net in (model.actor.net, *model.critic.q_networks, *model.critic_target.q_networks):
+        assert any(isinstance(layer, activation_fn) for layer in net)
+    check_training(model)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "optimizer_kwargs", "fused"),
+    [
+        (th.optim.Adam, None, True),
+        (th.optim.AdamW, {"weight_decay": 0.1}, True),
+        (th.optim.Adam, {"foreach": True}, None),
+        (th.optim.RMSprop, {"alpha": 0.9}, None),
+        (th.optim.SGD, None, None),
+    ],
+)
+def test_optimizer(optimizer_class, optimizer_kwargs, fused):
+    model = make(policy_kwargs={"optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs})
+    for optimizer in (model.actor.optimizer, model.critic.optimizer):
+        assert type(optimizer) is optimizer_class
+        assert optimizer.defaults.items() >= (optimizer_kwargs or {}).items()
+        assert optimizer.defaults.get("fused") == fused
+    check_training(model)
+
+
+@pytest.mark.parametrize("smoothing", ["learned", "local"])
+@pytest.mark.parametrize("proposal", ["policy", "uniform", "mixture"])
+@pytest.mark.parametrize("n_value_particles", [1, 5])
+def test_proposals(smoothing, proposal, n_value_particles):
+    model = make(proposal=proposal, n_value_particles=n_value_particles, policy_kwargs={"smoothing": smoothing})
+    logged = check_training(model)
+    assert 1.0 - 1e-5 <= logged["train/effective_sample_size"] <= n_value_particles + 1e-5
+
+
+@pytest.mark.parametrize("smoothing", ["learned", "local", "none"])
+@pytest.mark.parametrize("kernel", ["rbf", "imq"])
+@pytest.mark.parametrize(("bandwidth", "kernel_update_ratio"), [("median", None), ("median", 0.5), (0.3, 0.1)])
+def test_kernel_repulsion(smoothing, kernel, bandwidth, kernel_update_ratio):
+    model = make(
+        kernel=kernel,
+        repulsion="kernel",
+        bandwidth=bandwidth,
+        kernel_update_ratio=kernel_update_ratio,
+        policy_kwargs={"smoothing": smoothing},
+    )
+    check_training(model)
+
+
+@pytest.mark.parametrize("smoothing", ["learned", "local"])
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "delta"])
+@pytest.mark.parametrize("n_actor_particles", [1, 2, 5])
+def test_density_repulsion(smoothing, kernel, n_actor_particles):
+    model = make(kernel=kernel, n_actor_particles=n_actor_particles, n_actor_states=3, policy_kwargs={"smoothing": smoothing})
+    check_training(model)
+
+
+@pytest.mark.parametrize(("target_entropy", "sign"), [(5.0, 1), (-50.0, -1)])
+def test_temperature_follows_the_entropy(target_entropy, sign):
+    """No density over (-1, 1) has an entropy of 5 nats, and none that the sampler can express has -50."""
+    model = make(target_entropy=target_entropy, ent_coef="auto_0.1", ent_coef_learning_rate=0.01)
+    before = model.log_ent_coef.item()
+    assert before == pytest.approx(np.log(0.1))
+    check_training(model)
+    assert np.sign(model.log_ent_coef.item() - before) == sign
+
+
+def test_auto_target_entropy():
+    model = make(env=RandomEnv(spaces.Box(-1, 1, (2, 2), dtype=np.float32)))
+    assert model.target_entropy == -4.0
+
+
+def test_fixed_temperature_is_not_learned():
+    model = make(ent_coef=0.3)
+    logged = check_training(model)
+    assert model.log_ent_coef is None
+    assert model.ent_coef_optimizer is None
+    assert logged["train/ent_coef"] == pytest.approx(0.3)
+    assert "train/ent_coef_loss" not in logged
+
+
+def test_schedules():
+    """The last update happens when no progress remains, and so with the end value of each schedule."""
+    model = make(
+        learning_rate=LinearSchedule(1e-3, 1e-4, 1.0),
+        actor_learning_rate=LinearSchedule(2e-3, 2e-4, 1.0),
+        ent_coef_learning_rate=lambda progress_remaining: 3e-4 + 3e-3 * progress_remaining,
+    )
+    assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert model.ent_coef_optimizer.param_groups[0]["lr"] == pytest.approx(3.3e-3)
+    check_training(model)
+    assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+    assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(2e-4)
+    assert model.ent_coef_optimizer.param_groups[0]["lr"] == pytest.approx(3e-4)
+
+
+def test_actor_learning_rate_is_the_critics_by_default():
+    model = make(learning_rate=LinearSchedule(1e-3, 1e-4, 1.0))
+    check_training(model)
+    assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+def test_temperature_schedules():
+    model = make(ent_coef=LinearSchedule(0.5, 0.1, 1.0), annealing=LinearSchedule(10.0, 1.0, 1.0))
+    assert model._ent_coef_tensor().item() == pytest.approx(0.5)
+    assert model._annealing() == pytest.approx(10.0)
+    check_training(model)
+    assert model._ent_coef_tensor().item() == pytest.approx(0.1)
+    assert model._annealing() == pytest.approx(1.0)
+
+
+def test_annealing_reaches_the_actor_only():
+    """One update from the same weights on the same data: the factor changes the actor's step, not the critic's."""
+    results = []
+    for annealing in (1.0, 20.0):
+        model = make(ent_coef=0.1, annealing=annealing, learning_starts=1000).learn(20)
+        th.manual_seed(0)
+        np.random.seed(0)
+        model.train(gradient_steps=1, batch_size=8)
+        results.append((flat(model.actor), flat(model.critic)))
+    assert not th.equal(results[0][0], results[1][0])
+    assert th.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_critics_regress_on_the_discounted_soft_value(n_steps):
+    """The critic loss, from the replayed transitions and the equations alone."""
+    model = make(n_steps=n_steps, gamma=0.9, ent_coef=0.2, n_value_particles=3).learn(60)
+    assert isinstance(model.replay_buffer, NStepReplayBuffer) == (n_steps > 1)
+    data = model.replay_buffer.sample(16)
+    with th.no_grad():
+        th.manual_seed(1)
+        u, log_prob = model._propose(data.next_observations, 3)
+        next_q_values = th.stack(
+            [th.cat(model.critic_target(data.next_observations, th.tanh(u[:, k])), dim=1).amin(dim=1) for k in range(3)]
+        )
+        value = 0.2 * (next_q_values / 0.2 - log_prob.T).exp().mean(dim=0).log()
+        discounts = data.discounts.squeeze(1) if n_steps > 1 else 0.9
+        target = data.rewards.squeeze(1) + (1 - data.dones.squeeze(1)) * discounts * value
+        expected = sum(0.5 * (q.squeeze(1) - target).square().mean() for q in model.critic(data.observations, data.actions))
+    th.manual_seed(1)
+    stats = model._update_critic(data, model._ent_coef_tensor())
+    th.testing.assert_close(stats["critic_loss"], expected)
+
+
+def test_target_update_interval():
+    model = make(target_update_interval=3, tau=1.0, learning_starts=0, learning_rate=1e-2)
+    before = flat(model.critic_target)
+    model.learn(2)
+    assert model._n_updates == 2
+    assert th.equal(flat(model.critic_target), before)
+    model.learn(1, reset_num_timesteps=False)
+    assert model._n_updates == 3
+    assert th.equal(flat(model.critic_target), flat(model.critic))
+
+
+def test_training_uses_a_new_tau():
+    """Callbacks may change it on the way."""
+    model = make().learn(20)
+    model.tau = 1.0
+    model.train(gradient_steps=1, batch_size=8)
+    assert th.equal(flat(model.critic_target), flat(model.critic))
+
+
+@pytest.mark.parametrize("train_freq", [5, (5, "step"), (1, "episode")])
+def test_train_freq(train_freq):
+    env = gym.wrappers.TimeLimit(gym.make("Pendulum-v1"), 10)
+    model = make(env=env, train_freq=train_freq, gradient_steps=2, learning_starts=0)
+    check_training(model, 40)
+    assert model._n_updates == (4 if train_freq == (1, "episode") else 8) * 2
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_several_environments(n_envs):
+    env = make_vec_env(lambda: gym.wrappers.TimeLimit(gym.make("Pendulum-v1"), 10), n_envs)
+    noise = NormalActionNoise(np.zeros(1), 0.1 * np.ones(1))
+    model = make(env=env, train_freq=4, gradient_steps=-1, learning_starts=0, action_noise=noise)
+    # as many updates as transitions
+    check_training(model, 8 * n_envs)
+    assert model._n_updates == 8 * n_envs
+    assert isinstance(model.action_noise, VectorizedActionNoise) == (n_envs > 1)
+
+
+@pytest.mark.parametrize("noise_class", [NormalActionNoise, OrnsteinUhlenbeckActionNoise])
+def test_action_noise(noise_class):
+    quiet, noisy = make(learning_starts=0), make(learning_starts=0, action_noise=noise_class(np.zeros(1), 0.5 * np.ones(1)))
+    for model in (quiet, noisy):
+        check_training(model, 20)
+        assert np.abs(model.replay_buffer.actions).max() <= 1.0
+    assert not np.array_equal(quiet.replay_buffer.actions, noisy.replay_buffer.actions)
+
+
+def test_optimize_memory_usage():
+    model = make(optimize_memory_usage=True, replay_buffer_kwargs={"handle_timeout_termination": False}, buffer_size=16)
+    check_training(model, 40)
+    assert model.replay_buffer.full
+
+
+@pytest.mark.parametrize(
+    "action_space",
+    [
+        spaces.Box(-1, 1, (1,), dtype=np.float32),
+        spaces.Box(-1, 1, (2, 2), dtype=np.float32),
+        spaces.Box(-1, 1, (), dtype=np.float32),
+        spaces.Box(-2, 2, (3,), dtype=np.float64),
+        spaces.Box(np.array([-1, 5], dtype=np.float32), np.array([4, 6], dtype=np.float32)),
+    ],
+    ids=["1", "2x2", "scalar", "float64", "asymmetric"],
+)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_action_spaces(action_space, deterministic):
+    env = RandomEnv(action_space)
+    model = make(env=env)
+    check_training(model)
+    obs = np.random.default_rng(0).uniform(-1, 1, (50, 3)).astype(np.float32)
+    actions, _ = model.predict(obs, deterministic=deterministic)
+    assert actions.shape == (50, *action_space.shape)
+    assert all(action_space.contains(action) for action in actions)
+    single, _ = model.predict(obs[0], deterministic=deterministic)
+    assert action_space.contains(single)
+    assert np.abs(model.replay_buffer.actions).max() <= 1.0
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Reacher-v5"])
+def test_mujoco(env_id):
+    model = make(env=env_id)
+    check_training(model)
+    assert model.policy.observation_space == gym.make(env_id).observation_space
+
+
+def image_env():
+    return FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=False)
+
+
+@pytest.mark.parametrize("share_features_extractor", [True, False])
+def test_cnn_policy(share_features_extractor):
+    model = make(
+        "CnnPolicy",
+        image_env(),
+        policy_kwargs={
+            "features_extractor_kwargs": {"features_dim": 8},
+            "share_features_extractor": share_features_extractor,
+        },
+    )
+    assert is_vecenv_wrapped(model.get_env(), VecTransposeImage)
+    assert (model.actor.features_extractor is model.critic.features_extractor) == share_features_extractor
+    assert model.critic_target.features_extractor is not model.critic.features_extractor
+    optimized = {id(p) for group in model.critic.optimizer.param_groups for p in group["params"]}
+    extractor = {id(p) for p in model.critic.features_extractor.parameters()}
+    # a shared features extractor learns from the actor's loss alone
+    assert optimized.isdisjoint(extractor) if share_features_extractor else optimized > extractor
+    check_training(model, 16)
+    # the images of the environment have their channels last
+    obs, _ = image_env().reset()
+    assert model.predict(obs)[0].shape == model.action_space.shape
+
+
+def test_multi_input_policy():
+    env = SimpleMultiObsEnv(discrete_actions=False)
+    model = make("MultiInputPolicy", env, policy_kwargs={"features_extractor_kwargs": {"cnn_output_dim": 8}}, buffer_size=50)
+    assert isinstance(model.replay_buffer, DictReplayBuffer)
+    check_training(model, 16)
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("image_obs_space", [True, False])
+def test_her(n_envs, image_obs_space):
+    env = make_vec_env(lambda: BitFlippingEnv(n_bits=3, continuous=True, image_obs_space=image_obs_space), n_envs)
+    model = make(
+        "MultiInputPolicy",
+        env,
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs={"n_sampled_goal": 2, "goal_selection_strategy": "future"},
+        policy_kwargs={"features_extractor_kwargs": {"cnn_output_dim": 8}},
+        train_freq=4,
+        learning_starts=16,
+    )
+    check_training(model, 40)
+    assert isinstance(model.replay_buffer, HerReplayBuffer)
+
+
+def test_vec_normalize():
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), clip_obs=5.0)
+    model = make(env=env)
+    check_training(model, 40)
+    assert model.get_vec_normalize_env() is env
+    # what is replayed is normalised with the current statistics, what is stored is not
+    np.testing.assert_array_equal(
+        model.replay_buffer._normalize_obs(model.replay_buffer.observations[:40, 0], env),
+        env.normalize_obs(model.replay_buffer.observations[:40, 0]),
+    )
+    assert np.abs(model.replay_buffer.observations[:40, 0, 2]).max() > 0.5
+
+
+def test_it_learns():
+    """Reward for an action near the observation."""
+    model = make(env=IdentityEnvBox(eps=0.5), learning_rate=1e-3, gamma=0.5, batch_size=128, policy_kwargs={"net_arch": [32]})
+    model.learn(400)
+    obs = np.linspace(-0.9, 0.9, 20, dtype=np.float32)[:, None]
+    actions, _ = model.predict(obs, deterministic=True)
+    assert np.mean(np.abs(actions - obs) < 0.5) > 0.9
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize(
+    "options", [{}, {"proposal": "mixture", "repulsion": "kernel", "policy_kwargs": {"smoothing": "none"}}]
+)
+def test_same_seed_same_parameters(n_envs, options):
+    def trained(seed):
+        return make(env=make_vec_env("Pendulum-v1", n_envs, seed=seed), seed=seed, **options).learn(40)
+
+    first, second, other = trained(7), trained(7), trained(8)
+    for name, tensor in first.policy.state_dict().items():
+        assert th.equal(tensor, second.policy.state_dict()[name]), name
+    assert th.equal(first.log_ent_coef, second.log_ent_coef)
+    assert not th.equal(flat(first.actor), flat(other.actor))
+    np.testing.assert_array_equal(first.replay_buffer.actions, second.replay_buffer.actions)
+
+
+@pytest.mark.parametrize("smoothing", ["learned", "local", "none"])
+def test_deterministic_action_is_a_function_of_observation_and_weights(smoothing):
+    repulsion = "kernel" if smoothing == "none" else "density"
+    model = make(policy_kwargs={"smoothing": smoothing}, repulsion=repulsion).learn(30)
+    obs = np.random.default_rng(0).uniform(-1, 1, (20, 3)).astype(np.float32)
+    th.manual_seed(0)
+    state = th.get_rng_state()
+    actions, _ = model.predict(obs, deterministic=True)
+    assert th.equal(th.get_rng_state(), state)
+    th.manual_seed(1)
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], actions)
+    alone = np.stack([model.predict(o, deterministic=True)[0] for o in obs])
+    np.testing.assert_allclose(alone, actions, atol=1e-4)
+    assert not np.array_equal(model.predict(obs)[0], model.predict(obs)[0])
+
+
+def test_dropout_and_batch_norm():
+    """Training mode for training only; the target's running statistics follow the critic's, whatever tau is."""
+
+    class Extractor(nn.Sequential):
+        features_dim = 3
+
+        def __init__(self, observation_space):
+            super().__init__(nn.Flatten(), nn.BatchNorm1d(3), nn.Dropout(0.5))
+
+    model = make(policy_kwargs={"features_extractor_class": Extractor}, tau=0.0)
+    model.learn(30)
+    critic, target = model.critic.features_extractor[1], model.critic_target.features_extractor[1]
+    assert critic.running_mean.abs().max() > 0
+    assert th.equal(critic.running_mean, target.running_mean)
+    assert th.equal(critic.running_var, target.running_var)
+    assert not model.critic_target.training
+    before = model.actor.features_extractor[1].running_mean.clone()
+    obs = np.ones((4, 3), dtype=np.float32)
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+    assert not model.actor.training
+    assert th.equal(model.actor.features_extractor[1].running_mean, before)
+
+
+def test_logged_keys():
+    logged = check_training(make(verbose=0))
+    assert logged.keys() >= {
+        "train/actor_loss",
+        "train/critic_loss",
+        "train/ent_coef",
+        "train/ent_coef_loss",
+        "train/effective_sample_size",
+        "train/entropy",
+        "train/learning_rate",
+        "train/n_updates",
+        "train/particle_std",
+        "train/q_value",
+        "train/smoothing_std",
+    }
+
+
+def test_total_timesteps_may_be_a_float():
+    model = make().learn(2e1)
+    assert model.num_timesteps == 20
