@@ -69,7 +69,7 @@ def _components(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> tuple[th.T
     return -0.5 * z.square().sum(dim=-1) - log_norm, z, inv_std
 
 
-def mixture_mode(mean: th.Tensor, log_std: th.Tensor, n_steps: int = 5) -> th.Tensor:
+def mixture_mode(mean: th.Tensor, log_std: th.Tensor, n_steps: int = 3) -> th.Tensor:
     """
     Approximate mode of the mixture of :func:`mixture_log_prob`: mean-shift (its EM fixed point,
     u <- (sum_k r_k mean_k / std_k^2) / (sum_k r_k / std_k^2) with responsibilities r_k),

@@ -11,12 +11,11 @@ import argparse
 import csv
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch as th
-from gymnasium import spaces
+from bandits import SHORT_TRAINING, Bandit
 
 from sb3_softq import SoftQ
 from sb3_softq.soft_value import mixture_mode
@@ -66,19 +65,9 @@ CANDIDATES: dict[str, Candidate] = {
 }
 
 
-class TwoModes(gym.Env):
-    """One step; exp(reward) has two equal bumps at -0.5 and 0.5, so that 0, their mean, is worth little."""
-
-    observation_space = spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
-    action_space = spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        return np.zeros(1, dtype=np.float32), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        distances = (np.array([-0.5, 0.5]) - float(action[0])) ** 2
-        return np.zeros(1, dtype=np.float32), float(-distances.min() / (2 * 0.1**2)), True, False, {}
+def two_equal_modes(_: float, a: np.ndarray) -> np.ndarray:
+    """exp(reward) has two equal bumps at -0.5 and 0.5, so that their mean, 0, is worth -12.5."""
+    return -((np.abs(a[..., 0]) - 0.5) ** 2) / (2 * 0.1**2)
 
 
 def evaluate(model: SoftQ, env: gym.Env, candidate: Candidate, n_episodes: int) -> tuple[float, float]:
@@ -105,12 +94,9 @@ def main() -> None:
     args = parser.parse_args()
     th.set_num_threads(1)
 
-    bandit = TwoModes()
-    kwargs: dict[str, Any] = dict(
-        learning_rate=1e-3, ent_coef=1.0, train_freq=8, gradient_steps=8, policy_kwargs=dict(net_arch=[64, 64])
-    )
+    bandit = Bandit(two_equal_modes)
     tasks: list[tuple[str, SoftQ, gym.Env]] = [
-        ("two modes", SoftQ("MlpPolicy", bandit, seed=0, **kwargs).learn(5_000), bandit)
+        ("two modes", SoftQ("MlpPolicy", bandit, seed=0, **SHORT_TRAINING).learn(5_000), bandit)
     ]
     tasks += [(path.stem, SoftQ.load(path, device="cpu"), gym.make(path.stem)) for path in args.agents]
 
