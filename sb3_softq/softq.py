@@ -13,7 +13,6 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import (
     FloatSchedule,
-    LinearSchedule,
     get_parameters_by_name,
     update_learning_rate,
 )
@@ -44,10 +43,11 @@ SelfSoftQ = TypeVar("SelfSoftQ", bound="SoftQ")
 ProposalName = Literal["policy", "uniform", "mixture"]
 RepulsionName = Literal["density", "kernel"]
 
-# Start of the actor's temperature, in units of ent_coef, and the part of training over which it falls to 1,
-# when ent_coef is fixed: modes are to be found before they are kept
-ANNEALING = LinearSchedule(start=20.0, end=1.0, end_fraction=2 / 3)
-
+# Where ent_coef is fixed, the actor starts ANNEALING times as hot, so that modes are found before they are kept. The factor
+# falls to 1 within a part of training, or a number of updates if that is less: exploration of a long run is not its business.
+ANNEALING = 20.0
+ANNEALING_PART = 2 / 3
+ANNEALING_UPDATES = 10_000
 # Particles of the estimates that a user asks for, where accuracy counts more than speed
 N_QUERY_PARTICLES = 256
 
@@ -101,7 +101,7 @@ class SoftQ(OffPolicyAlgorithm):
         evaluated, and an updated part of this share, which moves (0.5 in the original). By default every particle is both.
     :param annealing: Factor of the temperature in the actor's step (the critic's target keeps ``ent_coef``): a float >= 1
         or a function of the progress remaining. ``"auto"`` is 1 when the temperature is learned, since that anneals by
-        itself, and falls from 20 to 1 over two thirds of training when it is not.
+        itself, and when it is not falls from 20 to 1 over two thirds of training, or over 10,000 updates if they are fewer.
     :param actor_learning_rate: learning rate of the actor, float or function of the progress remaining;
         ``learning_rate`` by default
     :param ent_coef_learning_rate: learning rate of the log of the temperature, when it is learned
@@ -151,9 +151,9 @@ class SoftQ(OffPolicyAlgorithm):
         target_entropy: str | float = "auto",
         target_update_interval: int = 1,
         n_value_particles: int = 2,
-        n_actor_particles: int = 8,
+        n_actor_particles: int = 4,
         n_actor_states: int = 32,
-        n_density_particles: int = 24,
+        n_density_particles: int = 12,
         proposal: ProposalName = "policy",
         kernel: KernelName = "rbf",
         bandwidth: str | float = "median",
@@ -509,9 +509,13 @@ class SoftQ(OffPolicyAlgorithm):
         return th.full((1,), FloatSchedule(self.ent_coef)(self._current_progress_remaining), device=self.device)  # type: ignore[arg-type]
 
     def _annealing(self) -> float:
-        if isinstance(self.annealing, str):
-            return 1.0 if self.log_ent_coef is not None else ANNEALING(self._current_progress_remaining)
-        return FloatSchedule(self.annealing)(self._current_progress_remaining)
+        """Factor of the temperature in the actor's step."""
+        if not isinstance(self.annealing, str):
+            return FloatSchedule(self.annealing)(self._current_progress_remaining)
+        if self.log_ent_coef is not None:
+            return 1.0
+        done = max((1.0 - self._current_progress_remaining) / ANNEALING_PART, self._n_updates / ANNEALING_UPDATES)
+        return ANNEALING + (1.0 - ANNEALING) * min(done, 1.0)
 
     def _update_learning_rates(self) -> None:
         progress_remaining = self._current_progress_remaining
