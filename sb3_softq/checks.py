@@ -35,6 +35,22 @@ def check_integer(name: str, value: object, minimum: int, maximum: float = math.
         raise _refuse(name, value, f"an integer >= {minimum}{upper}")
 
 
+def check_net_arch(name: str, value: Any, keys: set[str] | None = None) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Its value
+    :param keys: Where it can also be a dict, its keys
+    :raises ValueError: if the value is neither a list of widths of layers nor a dict of such lists
+    """
+    by_key = keys is not None and isinstance(value, dict) and value.keys() == keys
+    for layers in value.values() if by_key else [value]:
+        if not isinstance(layers, list | tuple) or any(
+            not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1 for n in layers
+        ):
+            also = f", or a dict of such lists with the keys {', '.join(sorted(keys))}" if keys else ""
+            raise _refuse(name, value, f"a list of integers >= 1, one per hidden layer{also}")
+
+
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
     """
     :param name: Name of the argument

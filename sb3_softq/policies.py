@@ -1,5 +1,7 @@
 """Policies of SoftQ: a sampling actor, particle critics, and the policy that holds both."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch as th
@@ -18,7 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_softq.checks import check_integer, check_number
+from sb3_softq.checks import check_integer, check_net_arch, check_number
 from sb3_softq.soft_value import local_log_std, mixture_mode
 
 Smoothing = Literal["learned", "local", "none"]
@@ -27,6 +29,7 @@ SMOOTHINGS: tuple[Smoothing, ...] = ("learned", "local", "none")
 # Bounds of the learned smoothing, in units of the pre-tanh action
 LOG_STD_MIN = -5.0
 LOG_STD_MAX = 1.0
+HEAD_ARCH = (64, 64)
 
 
 def particle_forward(net: nn.Sequential, features: th.Tensor, particles: th.Tensor) -> th.Tensor:
@@ -43,25 +46,26 @@ def particle_forward(net: nn.Sequential, features: th.Tensor, particles: th.Tens
     first = next(layers)
     assert isinstance(first, nn.Linear)
     if particles.shape[1] == 1:
-        return net(th.cat([features, particles.squeeze(1)], dim=1)).unsqueeze(1).float()
-    weight_state, weight_particle = first.weight.split([features.shape[1], particles.shape[2]], dim=1)
-    state_part = F.linear(features, weight_state, first.bias)
-    # In place: the backward pass of a linear layer does not need its output, and a fresh block of megabytes
-    # costs more than the addition itself
-    hidden = F.linear(particles, weight_particle).add_(state_part.unsqueeze(1))
+        hidden = first(th.cat([features, particles.squeeze(1)], dim=1))
+    else:
+        weight_state, weight_particle = first.weight.split([features.shape[1], particles.shape[2]], dim=1)
+        state_part = F.linear(features, weight_state, first.bias)
+        hidden = F.linear(particles, weight_particle).add_(state_part.unsqueeze(1))
+    # In place: the backward pass of a linear layer does not need its output, and a fresh block of megabytes costs more
+    # than the operation itself. Two axes: the output of a linear layer on three is a view, for which autograd makes copies.
     for layer in layers:
-        hidden = hidden.relu_() if type(layer) is nn.ReLU else layer(hidden)
+        hidden = hidden.relu_() if type(layer) is nn.ReLU else layer(hidden.view(-1, hidden.shape[-1]))
     # what follows wants more digits than bfloat16 has
-    return hidden.float()
+    return hidden.float().view(*particles.shape[:2], -1)
 
 
 class SamplingActor(BasePolicy):
     """
-    Sampler u = c + sigma * eps with c = xi + mean(s, xi), sigma = sigma(s, xi) and noise xi, eps ~ N(0, I_d); a = tanh(u).
+    Sampler u = c + sigma * eps with c = xi + shift(s, xi), sigma = sigma(s, xi) and noise xi, eps ~ N(0, I_d); a = tanh(u).
 
     xi chooses where to act (several modes if need be), eps smooths each choice. Because the last step is Gaussian,
     K draws of xi give a density that can be evaluated, see :func:`sb3_softq.soft_value.mixture_log_prob`.
-    The sampler starts wide (``mean`` is small at first), so that the modes it is to keep are there to be found.
+    The sampler starts wide (``shift`` is small at first), so that the modes it is to keep are there to be found.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -72,6 +76,8 @@ class SamplingActor(BasePolicy):
     :param smoothing: Where sigma comes from: ``"learned"`` by the network, ``"local"`` from the distance to the nearest
         other particle, or ``"none"``: actions are the raw particles c (then ``"local"`` is used where a density is asked for)
     :param log_std_init: Initial log standard deviation of the learned smoothing
+    :param head_arch: Hidden layers that xi passes through, after those of ``net_arch``, which see the state alone: many
+        particles of a state cost little more than one
     :param n_bank: Number of fixed particles of the deterministic action
     :param n_neighbours: Number of particles that ``"local"`` draws to smooth one action
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
@@ -90,6 +96,7 @@ class SamplingActor(BasePolicy):
         activation_fn: type[nn.Module] = nn.ReLU,
         smoothing: Smoothing = "learned",
         log_std_init: float = -1.2,
+        head_arch: Sequence[int] = HEAD_ARCH,
         n_bank: int = 32,
         n_neighbours: int = 8,
         normalize_images: bool = True,
@@ -106,14 +113,24 @@ class SamplingActor(BasePolicy):
         self.activation_fn = activation_fn
         self.smoothing = smoothing
         self.log_std_init = log_std_init
+        self.head_arch = list(head_arch)
         self.n_bank = n_bank
         self.n_neighbours = n_neighbours
 
         self.action_dim = get_action_dim(action_space)
         n_outputs = 2 if smoothing == "learned" else 1
-        self.net = nn.Sequential(
-            *create_mlp(features_dim + self.action_dim, n_outputs * self.action_dim, net_arch, activation_fn)
+        self.trunk = nn.Sequential(*create_mlp(features_dim, -1, net_arch, activation_fn))
+        trunk_dim = net_arch[-1] if net_arch else features_dim
+        self.head = nn.Sequential(
+            *create_mlp(trunk_dim + self.action_dim, n_outputs * self.action_dim, self.head_arch, activation_fn)
         )
+        if self.head_arch:
+            # The noise as strong as it would be alone, and its kinks spread over its range
+            first, bound = self.head[0], 1.0 / math.sqrt(self.action_dim)
+            assert isinstance(first, nn.Linear)
+            with th.no_grad():
+                first.weight[:, -self.action_dim :].uniform_(-bound, bound)
+                first.bias.uniform_(-bound, bound)
         # A constant, not a weight: the deterministic action is a function of observation and weights alone
         sobol = th.quasirandom.SobolEngine(self.action_dim, scramble=True, seed=0).draw(n_bank)
         self.register_buffer("xi_bank", th.special.ndtri(sobol.clamp(1e-4, 1 - 1e-4)), persistent=False)
@@ -127,6 +144,7 @@ class SamplingActor(BasePolicy):
                 activation_fn=self.activation_fn,
                 smoothing=self.smoothing,
                 log_std_init=self.log_std_init,
+                head_arch=self.head_arch,
                 n_bank=self.n_bank,
                 n_neighbours=self.n_neighbours,
                 features_extractor=self.features_extractor,
@@ -134,15 +152,24 @@ class SamplingActor(BasePolicy):
         )
         return data
 
+    def features(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        What is computed once per state, however many particles follow.
+
+        :param obs: Observations
+        :return: Shape (batch_size, width of the trunk)
+        """
+        return self.trunk(self.extract_features(obs, self.features_extractor))
+
     def particles(self, features: th.Tensor, xi: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         Components of the policy's density: one Gaussian over the pre-tanh action per noise vector.
 
-        :param features: Shape (batch_size, features_dim)
+        :param features: Of the states, see :meth:`features`
         :param xi: Noise, shape (batch_size, n_particles, action_dim)
         :return: Centres and log standard deviations, shapes (batch_size, n_particles, action_dim)
         """
-        output = particle_forward(self.net, features, xi)
+        output = particle_forward(self.head, features, xi)
         if self.smoothing != "learned":
             centres = xi + output
             return centres, local_log_std(centres.detach())
@@ -163,7 +190,7 @@ class SamplingActor(BasePolicy):
         """
         Independent draws of a component of the policy's density, as :meth:`sample` uses them.
 
-        :param features: Shape (batch_size, features_dim)
+        :param features: Of the states, see :meth:`features`
         :param n_components: Number of components per state
         :return: Centres and log standard deviations, shapes (batch_size, n_components, action_dim)
         """
@@ -183,7 +210,7 @@ class SamplingActor(BasePolicy):
         :param n_actions: Number of actions per observation
         :return: Pre-tanh actions, shape (batch_size, n_actions, action_dim)
         """
-        features = self.extract_features(obs, self.features_extractor)
+        features = self.features(obs)
         mean, log_std = self.components(features, n_actions)
         if self.smoothing == "none":
             return mean
@@ -197,7 +224,7 @@ class SamplingActor(BasePolicy):
         :param obs: Observations
         :return: Pre-tanh actions, shape (batch_size, action_dim)
         """
-        features = self.extract_features(obs, self.features_extractor)
+        features = self.features(obs)
         return mixture_mode(*self.particles(features, self.xi_bank.expand(len(features), -1, -1)))
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
@@ -241,10 +268,12 @@ class SoftQPolicy(BasePolicy):
     :param observation_space: Observation space
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
-    :param net_arch: The specification of the policy and value networks: a list for both, or dict(pi=[...], qf=[...])
+    :param net_arch: Hidden layers of the critics and, before ``head_arch``, the actor: a list for both, or
+        dict(pi=[...], qf=[...]); dict(pi=[256], qf=[256, 256]) by default
     :param activation_fn: Activation function
     :param smoothing: Where the smoothing of the actor's particles comes from, see :class:`SamplingActor`
     :param log_std_init: Initial log standard deviation of the learned smoothing
+    :param head_arch: Hidden layers of the actor that the noise passes through, see :class:`SamplingActor`
     :param features_extractor_class: Features extractor to use.
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor.
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
@@ -269,6 +298,7 @@ class SoftQPolicy(BasePolicy):
         activation_fn: type[nn.Module] = nn.ReLU,
         smoothing: Smoothing = "learned",
         log_std_init: float = -1.2,
+        head_arch: Sequence[int] = HEAD_ARCH,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -291,10 +321,13 @@ class SoftQPolicy(BasePolicy):
             raise ValueError(f"smoothing={smoothing!r} is not known, it must be one of {', '.join(SMOOTHINGS)}")
         check_integer("n_critics", n_critics, 1)
         check_number("log_std_init", log_std_init)
-        self.net_arch = [256, 256] if net_arch is None else net_arch
+        self.net_arch = dict(pi=[256], qf=[256, 256]) if net_arch is None else net_arch
+        check_net_arch("net_arch", self.net_arch, keys={"pi", "qf"})
+        check_net_arch("head_arch", head_arch)
         self.activation_fn = activation_fn
         self.smoothing = smoothing
         self.log_std_init = log_std_init
+        self.head_arch = list(head_arch)
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
 
@@ -328,6 +361,7 @@ class SoftQPolicy(BasePolicy):
                 activation_fn=self.activation_fn,
                 smoothing=self.smoothing,
                 log_std_init=self.log_std_init,
+                head_arch=self.head_arch,
                 n_critics=self.n_critics,
                 lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
                 optimizer_class=self.optimizer_class,
@@ -352,7 +386,9 @@ class SoftQPolicy(BasePolicy):
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> SamplingActor:
         arch, _ = get_actor_critic_arch(self.net_arch)
         net_kwargs = self._net_kwargs(arch, features_extractor)
-        return SamplingActor(**net_kwargs, smoothing=self.smoothing, log_std_init=self.log_std_init).to(self.device)
+        return SamplingActor(
+            **net_kwargs, smoothing=self.smoothing, log_std_init=self.log_std_init, head_arch=self.head_arch
+        ).to(self.device)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> ParticleCritic:
         _, arch = get_actor_critic_arch(self.net_arch)

@@ -1,6 +1,7 @@
 """SoftQ: soft Q-learning with a sampling actor, as an off-policy algorithm of Stable-Baselines3."""
 
 import math
+from collections import defaultdict
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
@@ -81,11 +82,12 @@ class SoftQ(OffPolicyAlgorithm):
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
     :param n_steps: When n_step > 1, uses n-step return (with the NStepReplayBuffer) when updating the Q-value network.
-    :param ent_coef: Temperature alpha (the inverse of the reward scale of the original): ``"auto"`` learns it,
-        ``"auto_0.1"`` from the initial value 0.1; a positive float, or a function of the progress remaining, sets it.
+    :param ent_coef: Temperature alpha (the inverse of the reward scale of the original): ``"auto_0.1"`` learns it
+        from the initial value 0.1, ``"auto"`` from 1; a positive float, or a function of the progress remaining, sets it.
     :param target_entropy: Target of the policy's entropy in nats over the normalised box (-1, 1)^d when ``ent_coef`` is
         learned. ``"auto"`` is -d.
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps
+    :param policy_delay: Update the actor and the temperature once every ``policy_delay`` updates of the critics
     :param n_value_particles: Number K of particles per next state in the soft value
     :param n_actor_particles: Number of particles per state in an actor update
     :param n_actor_states: Number of states of the minibatch in an actor update, at most ``batch_size``
@@ -148,9 +150,10 @@ class SoftQ(OffPolicyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        ent_coef: str | float | Schedule = "auto",
+        ent_coef: str | float | Schedule = "auto_0.1",
         target_entropy: str | float = "auto",
         target_update_interval: int = 1,
+        policy_delay: int = 1,
         n_value_particles: int = 2,
         n_actor_particles: int = 4,
         n_actor_states: int = 32,
@@ -204,6 +207,7 @@ class SoftQ(OffPolicyAlgorithm):
         self.ent_coef = ent_coef
         self.target_entropy = target_entropy
         self.target_update_interval = target_update_interval
+        self.policy_delay = policy_delay
         self.n_value_particles = n_value_particles
         self.n_actor_particles = n_actor_particles
         self.n_actor_states = n_actor_states
@@ -233,7 +237,7 @@ class SoftQ(OffPolicyAlgorithm):
         check_schedule("ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0, may_end_at_low=True)
         if self.actor_learning_rate is not None:
             check_schedule("actor_learning_rate", self.actor_learning_rate, 0.0, may_end_at_low=True)
-        for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "stats_window_size"):
+        for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "policy_delay", "stats_window_size"):
             check_integer(name, getattr(self, "_" * (name == "stats_window_size") + name), 1)
         for name in ("n_value_particles", "n_actor_particles", "n_actor_states"):
             check_integer(name, getattr(self, name), 1)
@@ -332,7 +336,7 @@ class SoftQ(OffPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         annealing = self._annealing()
-        stats: dict[str, th.Tensor] = {}
+        stats: dict[str, list[th.Tensor]] = defaultdict(list)
 
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
@@ -340,19 +344,20 @@ class SoftQ(OffPolicyAlgorithm):
             # One context per optimizer step: within one, autocast caches the weights' casts
             with self._autocast():
                 step_stats = self._update_critic(replay_data, ent_coef)
-            with self._autocast():
-                step_stats |= self._update_actor(replay_data.observations, ent_coef, ent_coef * annealing)
-            if self.ent_coef_optimizer is not None:
-                step_stats |= self._update_ent_coef(step_stats["entropy"])
+            self._n_updates += 1
+            if self._n_updates % self.policy_delay == 0:
+                with self._autocast():
+                    step_stats |= self._update_actor(replay_data.observations, ent_coef, ent_coef * annealing)
+                if self.ent_coef_optimizer is not None:
+                    step_stats |= self._update_ent_coef(step_stats["entropy"])
             step_stats["ent_coef"] = ent_coef
             for key, value in step_stats.items():
-                stats[key] = stats[key] + value if key in stats else value
+                stats[key].append(value.reshape(()))
 
-            self._n_updates += 1
             if self._n_updates % self.target_update_interval == 0:
                 self._update_target()
 
-        self._log_stats(stats, gradient_steps)
+        self._log_stats(stats)
 
     def _store_transition(
         self,
@@ -394,7 +399,7 @@ class SoftQ(OffPolicyAlgorithm):
         """One step of the sampler along the Stein direction."""
         actor = self.actor
         obs = _slice(obs, 0, self.n_actor_states)
-        features = actor.extract_features(obs, actor.features_extractor)
+        features = actor.features(obs)
         n_particles = self.n_actor_particles
         mean, log_std = actor.particles(features, actor.noise(len(features), n_particles))
         # (batch_size, n_particles, action_dim), u = mean + offset
@@ -470,7 +475,7 @@ class SoftQ(OffPolicyAlgorithm):
             normalised box, shape (batch_size, n_particles)
         """
         actor = self.actor
-        features = actor.extract_features(obs, actor.features_extractor)
+        features = actor.features(obs)
         n_uniform = {"policy": 0, "mixture": n_particles // 2, "uniform": n_particles}[self.proposal]
         n_policy = n_particles - n_uniform
         uniform = th.rand(len(features), n_uniform, actor.action_dim, device=features.device)
@@ -526,9 +531,10 @@ class SoftQ(OffPolicyAlgorithm):
         if self.ent_coef_optimizer is not None:
             update_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(progress_remaining))
 
-    def _log_stats(self, stats: dict[str, th.Tensor], gradient_steps: int) -> None:
+    def _log_stats(self, stats: dict[str, list[th.Tensor]]) -> None:
         """Average over the gradient steps, read from the device once, checked to be finite."""
-        means = th.stack([value.reshape(()) for value in stats.values()]).div(gradient_steps).tolist()
+        values = th.stack([value for steps in stats.values() for value in steps])
+        means = [float(part.mean()) for part in values.cpu().split([len(steps) for steps in stats.values()])]
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for key, value in zip(stats, means, strict=True):
             if not math.isfinite(value):
@@ -644,7 +650,7 @@ class SoftQ(OffPolicyAlgorithm):
 
     def _density(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
         """Components of the policy's density, shapes (batch_size, n_particles, action_dim)."""
-        features = self.actor.extract_features(obs, self.actor.features_extractor)
+        features = self.actor.features(obs)
         return self.actor.components(features, n_particles)
 
     def _actions_to_tensor(self, actions: np.ndarray, batch_size: int, vectorized: bool) -> tuple[th.Tensor, bool]:

@@ -249,6 +249,11 @@ def test_policy_kwargs_is_a_dict(value):
         ("log_std_init", NAN),
         ("log_std_init", "small"),
         ("log_std_init", None),
+        ("head_arch", 64),
+        ("head_arch", [0]),
+        ("net_arch", [64, "64"]),
+        ("net_arch", {"pi": [4]}),
+        ("net_arch", {"pi": [4], "qf": [-1]}),
         ("smoothing", "Learned"),
         ("smoothing", None),
     ],
@@ -353,7 +358,12 @@ ARGUMENTS = {
         st.integers(),
         st.fixed_dictionaries(
             {"net_arch": st.just([4])},
-            optional={"smoothing": names("learned", "local", "none"), "n_critics": sizes, "log_std_init": numbers},
+            optional={
+                "smoothing": names("learned", "local", "none"),
+                "n_critics": sizes,
+                "log_std_init": numbers,
+                "head_arch": st.lists(sizes),
+            },
         ),
     ),
 }
@@ -375,7 +385,7 @@ def test_a_working_agent_or_a_value_error(kwargs):
         message = str(error)
     if message:
         # it names one of the arguments given
-        assert any(name in message for name in (*kwargs, "n_critics", "log_std_init", "smoothing"))
+        assert any(name in message for name in (*kwargs, "n_critics", "log_std_init", "smoothing", "head_arch"))
         return
     assert np.isfinite(model.predict(np.zeros(1, dtype=np.float32), deterministic=True)[0]).all()
     try:

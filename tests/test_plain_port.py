@@ -52,12 +52,13 @@ def make_pair(learning_rate, target_update_interval=1000):
         n_value_particles=16,
         n_actor_particles=16,
         n_actor_states=BATCH_SIZE,
+        n_density_particles=0,
         kernel="rbf",
         repulsion="kernel",
         kernel_update_ratio=0.5,
         annealing=1.0,
         ent_coef=ALPHA,
-        policy_kwargs=dict(net_arch=[24, 16], n_critics=1, smoothing="none"),
+        policy_kwargs=dict(net_arch=dict(pi=[], qf=[24, 16]), head_arch=[24, 16], n_critics=1, smoothing="none"),
         seed=0,
         device="cpu",
     )
@@ -70,7 +71,7 @@ def make_pair(learning_rate, target_update_interval=1000):
         ent_coef=ALPHA,
         target_update_interval=target_update_interval,
     )
-    plain.actor.load_state_dict(model.actor.net.state_dict())
+    plain.actor.load_state_dict(model.actor.head.state_dict())
     plain.critic.load_state_dict(model.critic.q_networks[0].state_dict())
     plain.critic_target.load_state_dict(model.critic_target.q_networks[0].state_dict())
     return model, plain
@@ -105,7 +106,7 @@ def test_same_losses_and_gradients(monkeypatch):
     loss, plain_loss = update_both(model, plain, monkeypatch, seed=1)
     assert loss == pytest.approx(plain_loss, rel=1e-4)
     assert_close(gradients(model.critic.q_networks[0]), gradients(plain.critic))
-    assert_close(gradients(model.actor.net), gradients(plain.actor))
+    assert_close(gradients(model.actor.head), gradients(plain.actor))
 
 
 def test_same_stein_direction():
@@ -133,7 +134,7 @@ def test_same_course_with_a_hard_target(monkeypatch):
     losses = np.array([update_both(model, plain, monkeypatch, seed) for seed in range(7)])
     assert losses[:, 0] == pytest.approx(losses[:, 1], rel=2e-3)
     modules = [
-        (model.actor.net, plain.actor),
+        (model.actor.head, plain.actor),
         (model.critic.q_networks[0], plain.critic),
         # last copied at the sixth update
         (model.critic_target.q_networks[0], plain.critic_target),

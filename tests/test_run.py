@@ -68,8 +68,9 @@ def check_training(model, n_timesteps=24):
     return logged
 
 
-def hidden_sizes(net):
-    return [layer.out_features for layer in net if isinstance(layer, nn.Linear)][:-1]
+def hidden_sizes(net, n_outputs=1):
+    sizes = [layer.out_features for layer in net if isinstance(layer, nn.Linear)]
+    return sizes[: len(sizes) - n_outputs]
 
 
 @pytest.mark.parametrize(
@@ -78,15 +79,23 @@ def hidden_sizes(net):
 )
 def test_net_arch(net_arch, actor_sizes, critic_sizes):
     model = make(policy_kwargs={"net_arch": net_arch})
-    assert hidden_sizes(model.actor.net) == actor_sizes
+    assert hidden_sizes(model.actor.trunk, n_outputs=0) == actor_sizes
     for critic in (model.critic, model.critic_target):
         assert [hidden_sizes(net) for net in critic.q_networks] == [critic_sizes] * 2
     check_training(model)
 
 
+@pytest.mark.parametrize("head_arch", [[], [5], (4, 3, 2)])
+def test_head_arch(head_arch):
+    model = make(policy_kwargs={"head_arch": head_arch})
+    assert hidden_sizes(model.actor.head) == list(head_arch)
+    check_training(model)
+
+
 def test_default_net_arch():
     model = make(policy_kwargs={"net_arch": None})
-    assert hidden_sizes(model.actor.net) == [256, 256]
+    assert hidden_sizes(model.actor.trunk, n_outputs=0) == [256]
+    assert hidden_sizes(model.actor.head) == [64, 64]
     assert hidden_sizes(model.critic.q_networks[0]) == [256, 256]
 
 
@@ -105,7 +114,7 @@ def test_n_critics(n_critics):
 @pytest.mark.parametrize("activation_fn", [nn.Tanh, nn.ELU, nn.ReLU])
 def test_activation(activation_fn):
     model = make(policy_kwargs={"activation_fn": activation_fn})
-    for net in (model.actor.net, *model.critic.q_networks, *model.critic_target.q_networks):
+    for net in (model.actor.trunk, model.actor.head, *model.critic.q_networks, *model.critic_target.q_networks):
         assert any(isinstance(layer, activation_fn) for layer in net)
     check_training(model)
 

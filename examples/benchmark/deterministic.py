@@ -25,7 +25,7 @@ Candidate = Callable[[SoftQ, th.Tensor], th.Tensor]
 
 def bank(model: SoftQ, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """Centres and log standard deviations of the fixed bank of particles, shape (1, n_bank, action_dim)."""
-    features = model.actor.extract_features(obs, model.actor.features_extractor)
+    features = model.actor.features(obs)
     return model.actor.particles(features, model.actor.xi_bank.unsqueeze(0))
 
 
@@ -34,7 +34,7 @@ def q_values(model: SoftQ, obs: th.Tensor, u: th.Tensor) -> th.Tensor:
 
 
 def zero_noise(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    features = model.actor.extract_features(obs, model.actor.features_extractor)
+    features = model.actor.features(obs)
     return model.actor.particles(features, th.zeros(1, 1, model.actor.action_dim))[0][:, 0]
 
 

@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no further particles in the density": dict(n_density_particles=0),
     "delta kernel": dict(kernel="delta"),
+    "noise enters the first layer": dict(policy_kwargs={"net_arch": {"pi": [], "qf": [64, 64]}, "head_arch": [64, 64]}),
     "no annealing": dict(annealing=1.0),
     "repulsion by the kernel": dict(repulsion="kernel"),
     "repulsion by the kernel, local smoothing": dict(repulsion="kernel", policy_kwargs={"smoothing": "local"}),

@@ -50,12 +50,15 @@ ORIGINAL: dict[str, Any] = dict(
     n_value_particles=16,
     n_actor_particles=16,
     n_actor_states=256,
+    n_density_particles=0,
     repulsion="kernel",
     kernel_update_ratio=0.5,
     annealing=1.0,
     ent_coef=0.1,
 )
-ORIGINAL_NET: dict[str, Any] = dict(NET, n_critics=1, smoothing="none")
+ORIGINAL_NET: dict[str, Any] = dict(
+    net_arch=dict(pi=[], qf=NET["net_arch"]), head_arch=NET["net_arch"], n_critics=1, smoothing="none"
+)
 PLAIN = "original recipe, plain port"
 
 
@@ -85,7 +88,7 @@ class PlainPort(SoftQ):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.plain = PlainSoftQ(self.observation_space.shape[0], self.action_space.shape[0], NET["net_arch"])  # type: ignore[index]
-        self.policy.actor.net = self.plain.actor
+        self.policy.actor.head = self.plain.actor
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         for _ in range(gradient_steps):
@@ -104,8 +107,8 @@ def agents() -> dict[str, Callable[[], Any] | None]:
         return partial(cls, "MlpPolicy", ENV_ID, **kwargs)
 
     bfloat16 = "bfloat16" in inspect.signature(SoftQ.__init__).parameters
-    rows: dict[str, Callable[[], Any] | None] = {"SoftQ": row(SoftQ)}
-    rows |= {"SoftQ, bfloat16": row(SoftQ, bfloat16=True)} if bfloat16 else {}
+    rows: dict[str, Callable[[], Any] | None] = {"SoftQ": row(SoftQ, {})}
+    rows |= {"SoftQ, bfloat16": row(SoftQ, {}, bfloat16=True)} if bfloat16 else {}
     rows |= {cls.__name__: row(cls) for cls in (SAC, TD3, TQC, CrossQ)}
     rows["SAC of sbx"] = row(SBX_SAC) if SBX_SAC is not None else None
     rows["original recipe, SoftQ"] = row(SoftQ, ORIGINAL_NET, **ORIGINAL)
@@ -252,7 +255,7 @@ def measure_predict(effort: Effort, out: Path) -> None:
     """Milliseconds of ``predict`` for one observation, one thread."""
     set_threads(1)
     models = {
-        "SoftQ": SoftQ("MlpPolicy", ENV_ID, policy_kwargs=dict(NET)),
+        "SoftQ": SoftQ("MlpPolicy", ENV_ID),
         "SAC": SAC("MlpPolicy", ENV_ID, policy_kwargs=dict(NET)),
     }
     obs = gym.make(ENV_ID).reset(seed=0)[0]

@@ -59,11 +59,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         n_value_particles=16,
         n_actor_particles=16,
         n_actor_states=128,
+        n_density_particles=0,
         kernel="rbf",
         repulsion="kernel",
         kernel_update_ratio=0.5,
         annealing=1.0,
-        policy_kwargs=dict(net_arch=[128, 128], n_critics=1, smoothing="none"),
+        policy_kwargs=dict(net_arch=dict(pi=[], qf=[128, 128]), head_arch=[128, 128], n_critics=1, smoothing="none"),
     ),
 }
 # The RL Zoo's own exceptions
