@@ -69,23 +69,24 @@ def _components(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> tuple[th.T
     return -0.5 * z.square().sum(dim=-1) - log_norm, z, inv_std
 
 
-def mixture_mode(mean: th.Tensor, log_std: th.Tensor, n_steps: int = 3) -> th.Tensor:
+def mixture_mode(start: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_steps: int = 1) -> th.Tensor:
     """
-    Approximate mode of the mixture of :func:`mixture_log_prob`: mean-shift (its EM fixed point,
-    u <- (sum_k r_k mean_k / std_k^2) / (sum_k r_k / std_k^2) with responsibilities r_k),
-    started from the densest centre. Never leaves the basin of a mode for the valley between two.
+    Mean-shift towards a mode of the mixture of :func:`mixture_log_prob`, its EM fixed point
 
+        u <- (sum_k r_k mean_k / std_k^2) / (sum_k r_k / std_k^2)
+
+    with the responsibilities r_k of the components at u. Leaves the valley between two modes for one of them.
+
+    :param start: Where to start, shape (batch_size, action_dim)
     :param mean: Centres, shape (batch_size, K, action_dim)
-    :param log_std: Log standard deviations, same shape
-    :param n_steps: Number of mean-shift steps
+    :param log_std: Log standard deviations, same shape as ``mean``
+    :param n_steps: Number of steps
     :return: Shape (batch_size, action_dim)
     """
     precision = th.exp(-2.0 * log_std)
-    log_norm = log_std.sum(dim=-1)
-    densest = mixture_log_prob(mean, mean, log_std).argmax(dim=1)
-    u = mean[th.arange(len(mean), device=mean.device), densest]
+    u = start
     for _ in range(n_steps):
-        log_components = -0.5 * ((u.unsqueeze(1) - mean).square() * precision).sum(dim=-1) - log_norm
+        log_components = _components(u.unsqueeze(1), mean, log_std)[0].squeeze(1)
         weights = th.softmax(log_components, dim=1).unsqueeze(2) * precision
         u = (weights * mean).sum(dim=1) / weights.sum(dim=1)
     return u

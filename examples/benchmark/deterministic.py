@@ -18,7 +18,7 @@ import torch as th
 from bandits import SHORT_TRAINING, Bandit
 
 from sb3_softq import SoftQ
-from sb3_softq.soft_value import mixture_mode
+from sb3_softq.soft_value import mixture_log_prob, mixture_mode
 
 Candidate = Callable[[SoftQ, th.Tensor], th.Tensor]
 
@@ -36,6 +36,12 @@ def q_values(model: SoftQ, obs: th.Tensor, u: th.Tensor) -> th.Tensor:
 def zero_noise(model: SoftQ, obs: th.Tensor) -> th.Tensor:
     features = model.actor.features(obs)
     return model.actor.particles(features, th.zeros(1, 1, model.actor.action_dim))[0][:, 0]
+
+
+def mode(model: SoftQ, obs: th.Tensor, densest: bool = False) -> th.Tensor:
+    mean, log_std = bank(model, obs)
+    start = mean[:, mixture_log_prob(mean, mean, log_std).argmax()] if densest else mean[:, 0]
+    return mixture_mode(start, mean, log_std)
 
 
 def medoid(model: SoftQ, obs: th.Tensor) -> th.Tensor:
@@ -56,7 +62,8 @@ def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
 
 CANDIDATES: dict[str, Candidate] = {
     "a sample": lambda model, obs: model.actor.sample(obs)[:, 0],
-    "mode by mean-shift": lambda model, obs: mixture_mode(*bank(model, obs)),
+    "zero noise, mean-shift": mode,
+    "densest of 32, mean-shift": lambda model, obs: mode(model, obs, densest=True),
     "mean particle": lambda model, obs: bank(model, obs)[0].mean(dim=1),
     "medoid": medoid,
     "zero noise": zero_noise,
