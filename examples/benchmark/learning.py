@@ -1,7 +1,7 @@
 """
 Learning benchmark: SoftQ against SAC, TD3 and TQC over environments and seeds.
 
-    python examples/benchmark/learning.py run --algos softq sac td3 --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4 --seeds 0 1 2
+    python examples/benchmark/learning.py run --algos softq sac td3 --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4 --seeds 1 2 3
     python examples/benchmark/learning.py collect --name mujoco_100k
     python examples/benchmark/learning.py report --csv examples/benchmark/results/mujoco_100k.csv
 
@@ -273,7 +273,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(command=run)
     command.add_argument("--algos", nargs="+", choices=ALGOS, default=["softq", "sac", "td3"])
     command.add_argument("--envs", nargs="+", default=["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"])
-    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    command.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     command.add_argument("--steps", type=positive, default=100_000)
     command.add_argument("--eval-freq", type=positive, help="steps between evaluations (default: steps / 20)")
     command.add_argument("--checkpoint-freq", type=positive, default=25_000, help="steps between checkpoints")
