@@ -55,6 +55,7 @@ INTEGERS = {
     "batch_size": 1,
     "n_steps": 1,
     "target_update_interval": 1,
+    "policy_delay": 1,
     "stats_window_size": 1,
     "n_value_particles": 1,
     "n_actor_particles": 1,

@@ -268,6 +268,23 @@ def test_target_update_interval():
     assert th.equal(flat(model.critic_target), flat(model.critic))
 
 
+def test_policy_delay():
+    model = make(policy_delay=3, learning_starts=0)
+    modules = model.actor, model.critic
+    before = [flat(module) for module in modules]
+    model.learn(2)
+    assert model._n_updates == 2
+    assert [th.equal(flat(module), old) for module, old in zip(modules, before, strict=True)] == [True, False]
+    assert model.log_ent_coef.item() == pytest.approx(np.log(0.1))
+    assert "train/actor_loss" not in model.logger.name_to_value
+    model.learn(1, reset_num_timesteps=False)
+    assert not th.equal(flat(model.actor), before[0])
+    assert model.log_ent_coef.item() != pytest.approx(np.log(0.1))
+    # averages over the updates of a call, of which two are the actor's
+    model.train(gradient_steps=6, batch_size=8)
+    assert np.isfinite(model.logger.name_to_value["train/actor_loss"])
+
+
 def test_training_uses_a_new_tau():
     """Callbacks may change it on the way."""
     model = make().learn(20)
