@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule, TrainFrequencyUnit
 
@@ -117,6 +118,34 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise _refuse(name, value, "one of " + ", ".join(map(repr, choices)) + hint)
+
+
+def check_flag(name: str, value: object) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Its value
+    :raises ValueError: if the value is not a boolean
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise _refuse(name, value, "True or False")
+
+
+def check_compiler(device: th.device) -> None:
+    """
+    Compile something small, the first time in a process.
+
+    :param device: Device of the agent
+    :raises ValueError: if ``torch.compile`` does not work here
+    """
+    if not hasattr(th._dynamo.config, "trace_autograd_ops"):
+        raise ValueError(f"compile=True is not allowed with torch {th.__version__}: it needs 2.13 or later")
+    try:
+        th.compile(th.sin)(th.zeros(2, device=device))
+    except Exception as error:
+        raise ValueError(
+            "compile=True is not allowed here: it needs what torch.compile needs, on a CPU a C++ compiler (g++, or what "
+            f"the environment variable CXX names) and Python's headers. torch.compile says: {error}"
+        ) from error
 
 
 def check_auto(name: str, value: str, with_initial_value: bool) -> None:

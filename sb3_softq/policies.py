@@ -164,15 +164,20 @@ class SamplingActor(BasePolicy):
         """
         return self.trunk(self.extract_features(obs, self.features_extractor))
 
-    def particles(self, features: th.Tensor, xi: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def particles(self, features: th.Tensor, xi: th.Tensor, n_constant: int = 0) -> tuple[th.Tensor, th.Tensor]:
         """
         Components of the policy's density: one Gaussian over the pre-tanh action per noise vector.
 
         :param features: Of the states, see :meth:`features`
         :param xi: Noise, shape (batch_size, n_particles, action_dim)
+        :param n_constant: The first ``n_constant`` particles come without gradient, which saves their backward pass
         :return: Centres and log standard deviations, shapes (batch_size, n_particles, action_dim)
         """
-        output = particle_forward(self.head, features, xi)
+        output = particle_forward(self.head, features, xi[:, n_constant:])
+        if n_constant > 0:
+            with th.no_grad():
+                constant = particle_forward(self.head, features, xi[:, :n_constant])
+            output = th.cat([constant, output], dim=1)
         if self.smoothing != "learned":
             centres = xi + output
             return centres, local_log_std(centres.detach())

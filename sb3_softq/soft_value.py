@@ -83,13 +83,13 @@ def mixture_mode(start: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_steps:
     :param n_steps: Number of steps
     :return: Shape (batch_size, action_dim)
     """
-    precision = th.exp(-2.0 * log_std)
-    u = start
+    precision, log_norm = th.exp(-2.0 * log_std), log_std.sum(dim=2)
+    u = start.unsqueeze(1)
     for _ in range(n_steps):
-        log_components = _components(u.unsqueeze(1), mean, log_std)[0].squeeze(1)
+        log_components = -0.5 * ((u - mean).square_().mul_(precision)).sum(dim=2) - log_norm
         weights = th.softmax(log_components, dim=1).unsqueeze(2) * precision
-        u = (weights * mean).sum(dim=1) / weights.sum(dim=1)
-    return u
+        u = (weights * mean).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
+    return u.squeeze(1)
 
 
 def local_log_std(mean: th.Tensor, scale: float = 0.7, std_min: float = 0.03, std_max: float = 1.0) -> th.Tensor:

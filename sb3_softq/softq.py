@@ -2,6 +2,8 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
@@ -22,7 +24,9 @@ from sb3_softq.checks import (
     check_action_space,
     check_auto,
     check_choice,
+    check_compiler,
     check_finite,
+    check_flag,
     check_integer,
     check_keywords,
     check_number,
@@ -109,6 +113,8 @@ class SoftQ(OffPolicyAlgorithm):
         ``learning_rate`` by default
     :param ent_coef_learning_rate: learning rate of the log of the temperature, when it is learned
     :param bfloat16: Whether matrix products of the updates are done in bfloat16, on hardware that has them fast
+    :param compile: Whether the updates are compiled with ``torch.compile``, which takes some seconds at their first call,
+        a C++ compiler and a release of torch that traces gradients (2.13 does)
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -167,6 +173,7 @@ class SoftQ(OffPolicyAlgorithm):
         actor_learning_rate: float | Schedule | None = None,
         ent_coef_learning_rate: float | Schedule = 1e-3,
         bfloat16: bool = False,
+        compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -221,6 +228,7 @@ class SoftQ(OffPolicyAlgorithm):
         self.actor_learning_rate = actor_learning_rate
         self.ent_coef_learning_rate = ent_coef_learning_rate
         self.bfloat16 = bfloat16
+        self.compile = compile
         # Log of the temperature and its optimizer when it is learned
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef_optimizer: th.optim.Optimizer | None = None
@@ -244,6 +252,8 @@ class SoftQ(OffPolicyAlgorithm):
         check_integer("n_density_particles", self.n_density_particles, 0)
         check_integer("learning_starts", self.learning_starts, 0)
         check_integer("gradient_steps", self.gradient_steps, -1)
+        for name in ("bfloat16", "compile", "optimize_memory_usage"):
+            check_flag(name, getattr(self, name))
         check_number("tau", self.tau, 0.0, 1.0)
         check_number("gamma", self.gamma, 0.0, 1.0)
         if isinstance(self.ent_coef, str):
@@ -289,6 +299,8 @@ class SoftQ(OffPolicyAlgorithm):
         # here, not in the constructor: load() fills in the arguments later
         self._check_arguments()
         check_action_space(self.action_space)
+        if self.compile:
+            check_compiler(self.device)
         self._convert_numbers()
         super()._setup_model()
         self._create_aliases()
@@ -341,13 +353,10 @@ class SoftQ(OffPolicyAlgorithm):
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
             ent_coef = self._ent_coef_tensor()
-            # One context per optimizer step: within one, autocast caches the weights' casts
-            with self._autocast():
-                step_stats = self._update_critic(replay_data, ent_coef)
+            step_stats = self._update_critic(replay_data, ent_coef)
             self._n_updates += 1
             if self._n_updates % self.policy_delay == 0:
-                with self._autocast():
-                    step_stats |= self._update_actor(replay_data.observations, ent_coef, ent_coef * annealing)
+                step_stats |= self._update_actor(replay_data.observations, ent_coef, ent_coef * annealing)
                 if self.ent_coef_optimizer is not None:
                     step_stats |= self._update_ent_coef(step_stats["entropy"])
             step_stats["ent_coef"] = ent_coef
@@ -377,6 +386,22 @@ class SoftQ(OffPolicyAlgorithm):
 
     def _update_critic(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the critics towards r + gamma V(s')."""
+        self.critic.optimizer.zero_grad()
+        stats = self._call(SoftQ._critic_gradients, replay_data, ent_coef)
+        self.critic.optimizer.step()
+        return stats
+
+    def _update_actor(self, obs: PyTorchObs, ent_coef: th.Tensor, hot_ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+        """One step of the sampler along the Stein direction."""
+        self.actor.optimizer.zero_grad()
+        stats = self._call(SoftQ._actor_gradients, _slice(obs, 0, self.n_actor_states), hot_ent_coef)
+        self.actor.optimizer.step()
+        # the quantity that the actor maximizes, with the sign of a loss
+        loss = -(stats.pop("actor_q_value") + ent_coef * stats["entropy"])
+        return {"actor_loss": loss, **stats}
+
+    def _critic_gradients(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+        """Gradients of the critics' loss, the squared distance to r + gamma V(s')."""
         # For n-step replay, discount factor is gamma**n_steps (when no early termination)
         discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
         with th.no_grad():
@@ -389,25 +414,27 @@ class SoftQ(OffPolicyAlgorithm):
 
         q_values = th.stack(self.critic(replay_data.observations, replay_data.actions))
         critic_loss = 0.5 * (q_values - target).square().sum(dim=0).mean()
-
-        self.critic.optimizer.zero_grad()
         critic_loss.backward()
-        self.critic.optimizer.step()
         return {"critic_loss": critic_loss.detach(), "q_value": q_values.detach().mean(), "effective_sample_size": sample_size}
 
-    def _update_actor(self, obs: PyTorchObs, ent_coef: th.Tensor, hot_ent_coef: th.Tensor) -> dict[str, th.Tensor]:
-        """One step of the sampler along the Stein direction."""
+    def _actor_gradients(self, obs: PyTorchObs, hot_ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+        """Gradients that move the sampler along the Stein direction."""
         actor = self.actor
-        obs = _slice(obs, 0, self.n_actor_states)
+        by_density, learned = self.repulsion == "density", actor.smoothing == "learned"
         features = actor.features(obs)
         n_particles = self.n_actor_particles
-        mean, log_std = actor.particles(features, actor.noise(len(features), n_particles))
+        # The critics' gradient is evaluated at the first particles, the last ones move: all of them do both, or two parts
+        n_fixed = 0 if self.kernel_update_ratio is None else n_particles - self._n_updated_particles
+        fixed, updated = slice(0, n_fixed or None), slice(n_fixed, None)
+        xi = actor.noise(len(features), n_particles)
+        mean, log_std = actor.particles(features, xi, n_constant=0 if learned else n_fixed)
         # (batch_size, n_particles, action_dim), u = mean + offset
         offset = th.zeros_like(mean) if actor.smoothing == "none" else th.exp(log_std) * th.randn_like(mean)
-        u = (mean + offset).detach().requires_grad_(True)
+        u = (mean + offset).detach()
 
-        q_values = self._min_q_values(self.critic, obs, u)
-        (q_force,) = th.autograd.grad(q_values.sum(), u)
+        u_fixed = u[:, fixed].requires_grad_(True)
+        q_values = self._min_q_values(self.critic, obs, u_fixed)
+        (q_force,) = th.autograd.grad(q_values.sum(), u_fixed)
         with th.no_grad():
             components = mean, log_std
             if self.n_density_particles > 0:
@@ -416,35 +443,32 @@ class SoftQ(OffPolicyAlgorithm):
                 components = th.cat([mean, extra[0]], dim=1), th.cat([log_std, extra[1]], dim=1)
         # bfloat16 has enough digits for the networks, not for densities and kernels
         with th.no_grad(), th.autocast(self.device.type, enabled=False):
-            u = u.detach()
             log_prob, score = mixture_log_prob_and_score(u, *components)
-            kernel_force = q_force + hot_ent_coef * tanh_log_det_grad(u)
-            density_force = kernel_force - hot_ent_coef * score
-            by_density = self.repulsion == "density"
-            n_fixed = 0 if self.kernel_update_ratio is None else n_particles - self._n_updated_particles
+            kernel_force = q_force + hot_ent_coef * tanh_log_det_grad(u[:, fixed])
+            density_force = kernel_force - hot_ent_coef * score[:, fixed]
             phi = stein_direction(
-                particles=u[:, :n_fixed] if n_fixed else u,
-                force=(density_force if by_density else kernel_force)[:, : n_fixed or None],
-                updated=u[:, n_fixed:] if n_fixed else None,
+                particles=u[:, fixed],
+                force=density_force if by_density else kernel_force,
+                updated=u[:, updated] if n_fixed else None,
                 kernel=self.kernel,
                 bandwidth=None if isinstance(self.bandwidth, str) else self.bandwidth,
                 repulsion=0.0 if by_density else hot_ent_coef,
             )
             entropy = (tanh_log_det(u) - log_prob).mean()
+            spread = (u - u.mean(dim=1, keepdim=True)).square().mean().sqrt()
 
         # The gradient of -<stop_gradient(phi), u> is eq. (14). The centres move together, through the kernel; how wide
         # each one is smoothed is its own business, the same direction with a kernel of bandwidth 0.
-        actor_loss = -(phi * mean[:, n_fixed:]).sum(dim=2).mean()
-        if actor.smoothing == "learned":
-            actor_loss = actor_loss - (density_force * offset).sum(dim=2).mean() / n_particles
-
-        actor.optimizer.zero_grad()
+        actor_loss = -(phi * mean[:, updated]).sum(dim=2).mean()
+        if learned:
+            actor_loss = actor_loss - (density_force * offset[:, fixed]).sum(dim=2).mean() / density_force.shape[1]
         actor_loss.backward()
-        actor.optimizer.step()
-        spread = (u - u.mean(dim=1, keepdim=True)).square().mean().sqrt()
-        # the quantity that the actor maximizes, with the sign of a loss
-        loss = -(q_values.detach().mean() + ent_coef * entropy)
-        return {"actor_loss": loss, "entropy": entropy, "particle_std": spread, "smoothing_std": log_std.detach().exp().mean()}
+        return {
+            "actor_q_value": q_values.detach().mean(),
+            "entropy": entropy,
+            "particle_std": spread,
+            "smoothing_std": log_std.detach().exp().mean(),
+        }
 
     def _update_ent_coef(self, entropy: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the temperature: up while the policy's entropy is below its target, down while it is above."""
@@ -500,8 +524,17 @@ class SoftQ(OffPolicyAlgorithm):
             features = critic.features(obs)
         return critic.q_values(features, th.tanh(u)).amin(dim=0)
 
-    def _autocast(self) -> th.autocast:
-        return th.autocast(self.device.type, dtype=th.bfloat16, enabled=self.bfloat16)
+    def _call(self, function: Callable[..., dict[str, th.Tensor]], *args: Any) -> dict[str, th.Tensor]:
+        """
+        One of the functions that leave gradients behind, in bfloat16 and compiled as configured. One context of autocast per
+        optimizer step: within one, it caches the weights' casts.
+        """
+        with th.autocast(self.device.type, dtype=th.bfloat16, enabled=self.bfloat16):
+            if not self.compile:
+                return function(self, *args)
+            # forward and backward pass in one graph: compiled apart they are no faster than they were
+            with th._dynamo.config.patch(trace_autograd_ops=True):
+                return _compiled(function)(self, *args)
 
     @property
     def _n_updated_particles(self) -> int:
@@ -711,3 +744,10 @@ def _slice(obs: PyTorchObs, start: int, stop: int) -> PyTorchObs:
 
 def _batch_size(obs: PyTorchObs) -> int:
     return len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+
+
+# The function, not the agent, is what is compiled: nothing to save or copy with the agent, and agents of one shape share it
+@cache
+def _compiled(function: Callable[..., dict[str, th.Tensor]]) -> Callable[..., dict[str, th.Tensor]]:
+    # the random numbers of the uncompiled function, not of Inductor
+    return th.compile(function, options={"fallback_random": True})

@@ -8,7 +8,6 @@ See the README of this folder for what is measured and how.
 """
 
 import argparse
-import inspect
 import multiprocessing
 import os
 import time
@@ -25,6 +24,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from measuring import Row, interleave, machine, ratio, set_threads, show, write
+from original_recipe import ORIGINAL, original_policy
 from plain_port import PlainSoftQ
 from products import measure_products
 from sb3_contrib import TQC, CrossQ
@@ -43,22 +43,9 @@ except ImportError:
 
 ENV_ID = "Walker2d-v4"
 NET: dict[str, Any] = dict(net_arch=[256, 256])
-ORIGINAL: dict[str, Any] = dict(
-    tau=1.0,
-    target_update_interval=1000,
-    proposal="uniform",
-    n_value_particles=16,
-    n_actor_particles=16,
-    n_actor_states=256,
-    n_density_particles=0,
-    repulsion="kernel",
-    kernel_update_ratio=0.5,
-    annealing=1.0,
-    ent_coef=0.1,
-)
-ORIGINAL_NET: dict[str, Any] = dict(
-    net_arch=dict(pi=[], qf=NET["net_arch"]), head_arch=NET["net_arch"], n_critics=1, smoothing="none"
-)
+# The original recipe at the load of the other rows
+LOAD: dict[str, Any] = ORIGINAL | dict(n_actor_states=256, ent_coef=0.1)
+ORIGINAL_NET: dict[str, Any] = original_policy(NET["net_arch"])
 PLAIN = "original recipe, plain port"
 
 
@@ -66,7 +53,7 @@ PLAIN = "original recipe, plain port"
 class Effort:
     """How long to measure."""
 
-    rounds: int = 20
+    rounds: int = 12
     slice_steps: int = 50
     warm_up_steps: int = 300
     profiled_updates: int = 20
@@ -106,14 +93,18 @@ def agents() -> dict[str, Callable[[], Any] | None]:
         kwargs |= dict(batch_size=256, buffer_size=100_000, learning_starts=100, policy_kwargs=dict(net))
         return partial(cls, "MlpPolicy", ENV_ID, **kwargs)
 
-    bfloat16 = "bfloat16" in inspect.signature(SoftQ.__init__).parameters
-    rows: dict[str, Callable[[], Any] | None] = {"SoftQ": row(SoftQ, {})}
-    rows |= {"SoftQ, bfloat16": row(SoftQ, {}, bfloat16=True)} if bfloat16 else {}
+    options: dict[str, dict[str, bool]] = {
+        "": {},
+        ", compiled": dict(compile=True),
+        ", bfloat16": dict(bfloat16=True),
+        ", compiled, bfloat16": dict(compile=True, bfloat16=True),
+    }
+    rows: dict[str, Callable[[], Any] | None] = {f"SoftQ{name}": row(SoftQ, {}, **option) for name, option in options.items()}
+    rows["SoftQ, compiled, policy_delay=2"] = row(SoftQ, {}, compile=True, policy_delay=2)
     rows |= {cls.__name__: row(cls) for cls in (SAC, TD3, TQC, CrossQ)}
     rows["SAC of sbx"] = row(SBX_SAC) if SBX_SAC is not None else None
-    rows["original recipe, SoftQ"] = row(SoftQ, ORIGINAL_NET, **ORIGINAL)
-    rows |= {"original recipe, SoftQ, bfloat16": row(SoftQ, ORIGINAL_NET, **ORIGINAL, bfloat16=True)} if bfloat16 else {}
-    return rows | {PLAIN: row(PlainPort, ORIGINAL_NET, **ORIGINAL)}
+    rows |= {f"original recipe, SoftQ{name}": row(SoftQ, ORIGINAL_NET, **LOAD, **option) for name, option in options.items()}
+    return rows | {PLAIN: row(PlainPort, ORIGINAL_NET, **LOAD)}
 
 
 def measure_table(effort: Effort, threads: Sequence[int], out: Path) -> None:

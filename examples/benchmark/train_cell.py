@@ -23,6 +23,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from learning import COLUMNS, Cell, check_same_run, read_rows, write_rows
+from original_recipe import ORIGINAL, original_policy
 from sb3_contrib import TQC
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
@@ -51,21 +52,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     ),
     "tqc": dict(learning_starts=10_000),
     # Haarnoja et al. 2017, see README.md
-    "original": dict(
-        batch_size=128,
-        tau=1.0,
-        target_update_interval=1000,
-        proposal="uniform",
-        n_value_particles=16,
-        n_actor_particles=16,
-        n_actor_states=128,
-        n_density_particles=0,
-        kernel="rbf",
-        repulsion="kernel",
-        kernel_update_ratio=0.5,
-        annealing=1.0,
-        policy_kwargs=dict(net_arch=dict(pi=[], qf=[128, 128]), head_arch=[128, 128], n_critics=1, smoothing="none"),
-    ),
+    "original": dict(batch_size=128, n_actor_states=128, policy_kwargs=original_policy([128, 128]), **ORIGINAL),
 }
 # The RL Zoo's own exceptions
 ENV_ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {

@@ -1,0 +1,87 @@
+"""``compile=True`` gives the numbers of the uncompiled updates and disturbs nothing else."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch as th
+from stable_baselines3.common.envs import SimpleMultiObsEnv
+from torch.nn.utils import parameters_to_vector
+
+from examples.benchmark.original_recipe import ORIGINAL, original_policy
+from sb3_softq import SoftQ
+from sb3_softq.checks import check_compiler
+
+
+def make(compile, policy="MlpPolicy", env="Pendulum-v1", **kwargs):
+    arguments = dict(learning_starts=8, batch_size=8, buffer_size=200, seed=0, policy_kwargs=dict(net_arch=[16]))
+    return SoftQ(policy, env, compile=compile, device="cpu", **(arguments | kwargs))
+
+
+def parameters(module):
+    return parameters_to_vector(module.parameters()).detach().clone()
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(policy_delay=2, n_steps=3),
+        dict(ORIGINAL, ent_coef=0.1, policy_kwargs=original_policy([16])),
+        # one compiler run of a minute
+        pytest.param(dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)), marks=pytest.mark.slow),
+    ],
+    ids=["default", "original", "dict"],
+)
+def test_same_numbers(kwargs):
+    pair = [make(compile, **kwargs) for compile in (False, True)]
+    before = parameters(pair[0].policy)
+    for model in pair:
+        model.set_random_seed(1)
+        model.learn(12)
+        assert model._n_updates == 4
+    eager, compiled = (parameters(model.policy) - before for model in pair)
+    assert eager.abs().max() > 1e-4
+    # Adam divides small gradients, and what was rounded in them, by their own size
+    th.testing.assert_close(compiled, eager, rtol=0.02, atol=1e-5)
+
+
+def test_what_changes_later_reaches_the_compiled_updates(tmp_path):
+    """tau, temperature and learning rate, also of an agent that was loaded or copied."""
+    original = make(True, ent_coef=0.5).learn(10)
+    original.save(tmp_path / "model")
+    loaded = SoftQ.load(tmp_path / "model", env=original.get_env(), device="cpu")
+    assert loaded.compile
+    loaded.set_logger(original.logger)
+    copied = copy.deepcopy(original)
+    untouched = parameters(original.policy)
+    for model in (loaded, copied):
+        model.tau, model.ent_coef, model.gamma = 1.0, 50.0, 0.5
+        model.lr_schedule = lambda _: 0.0
+        model.replay_buffer = original.replay_buffer
+        before = parameters(model.critic)
+        model.logger.dump()
+        model.train(1, 8)
+        assert th.equal(parameters(model.critic), before)
+        assert th.equal(parameters(model.critic_target), before)
+        assert model.logger.name_to_value["train/ent_coef"] == 50.0
+        model.lr_schedule = lambda _: 1e-3
+        model.train(1, 8)
+        assert not th.equal(parameters(model.critic), before)
+    assert th.equal(parameters(original.policy), untouched)
+
+
+def test_without_a_compiler(tmp_path):
+    script = "from sb3_softq import SoftQ\nSoftQ('MlpPolicy', 'Pendulum-v1', compile=True)"
+    # an empty cache, so that nothing compiled earlier is found
+    env = {**os.environ, "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "ValueError: compile=True is not allowed here: it needs what torch.compile needs, on a CPU a C++" in result.stderr
+
+
+def test_older_torch(monkeypatch):
+    monkeypatch.setattr(th._dynamo, "config", object())
+    with pytest.raises(ValueError, match=r"compile=True is not allowed with torch .*: it needs 2.13 or later"):
+        check_compiler(th.device("cpu"))
