@@ -10,6 +10,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule, TrainFrequencyUnit
+from stable_baselines3.common.utils import get_device
 
 
 def _refuse(name: str, value: object, allowed: str) -> ValueError:
@@ -130,6 +131,17 @@ def check_flag(name: str, value: object) -> None:
         raise _refuse(name, value, "True or False")
 
 
+def check_device(value: Any) -> None:
+    """
+    :param value: Device, or its name
+    :raises ValueError: if torch does not know it, or it is not there
+    """
+    try:
+        th.zeros(1, device=get_device(value))
+    except (RuntimeError, TypeError, AssertionError, AttributeError) as error:
+        raise _refuse("device", value, f"'auto', or a device that torch finds here ({error})") from error
+
+
 def check_compiler(device: th.device) -> None:
     """
     Compile something small, the first time in a process.
@@ -167,6 +179,31 @@ def check_auto(name: str, value: str, with_initial_value: bool) -> None:
     raise _refuse(name, value, allowed)
 
 
+def check_type(name: str, value: object, types: tuple[type, ...], allowed: str, optional: bool = True) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Its value
+    :param types: Types that it may have
+    :param allowed: The same in words
+    :param optional: Whether ``None`` is allowed
+    :raises ValueError: if it has another type
+    """
+    if not (isinstance(value, types) or (optional and value is None)):
+        raise _refuse(name, value, allowed + (" or None" if optional else ""))
+
+
+def check_class(name: str, value: object, base: type, optional: bool = False) -> None:
+    """
+    :param name: Name of the argument
+    :param value: Its value
+    :param base: Class that it must be, or be derived from
+    :param optional: Whether ``None`` is allowed
+    :raises ValueError: if it is something else
+    """
+    if not (isinstance(value, type) and issubclass(value, base)) and not (optional and value is None):
+        raise _refuse(name, value, f"{base.__name__} or a class derived from it" + (", or None" if optional else ""))
+
+
 def check_keywords(name: str, keywords: Iterable[str], cls: type) -> None:
     """
     :param name: Name of the argument that holds the keyword arguments
@@ -184,16 +221,43 @@ def check_keywords(name: str, keywords: Iterable[str], cls: type) -> None:
         check_choice(f"key of {name}", keyword, [k for k in known if k != "self"])
 
 
-def check_action_space(space: spaces.Box) -> None:
+def check_observation_space(space: spaces.Space) -> None:
+    """
+    :param space: Observation space of the environment
+    :raises ValueError: if Stable-Baselines3 has no features extractor for it
+    """
+    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+    if not all(isinstance(x, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary) for x in parts):
+        raise _refuse("observation_space", space, "a Box, Discrete, MultiDiscrete or MultiBinary space, or a Dict of such")
+
+
+def check_action_space(space: spaces.Space) -> None:
     """
     :param space: Action space of the environment
-    :raises ValueError: if it is empty, unbounded or has a dimension of width zero
+    :raises ValueError: if it is no Box, empty, unbounded or has a dimension of width zero
     """
-    bounded = np.isfinite(space.low).all() and np.isfinite(space.high).all()
-    if space.low.size == 0 or not bounded or not (space.low < space.high).all():
+    if isinstance(space, spaces.Discrete):
+        raise _refuse("action_space", space, "a Box: for Discrete ones there is sb3_softq.DiscreteSoftQ")
+    if (
+        not isinstance(space, spaces.Box)
+        or space.low.size == 0
+        or not (np.isfinite(space.low).all() and np.isfinite(space.high).all())
+        or not (space.low < space.high).all()
+    ):
         raise _refuse(
             "action_space", space, "a Box with finite bounds, low < high in every dimension, and at least one dimension"
         )
+
+
+def check_discrete_action_space(space: spaces.Space) -> None:
+    """
+    :param space: Action space of the environment
+    :raises ValueError: if it is not Discrete, with actions from 0
+    """
+    if isinstance(space, spaces.Box):
+        raise _refuse("action_space", space, "Discrete: for a Box there is sb3_softq.SoftQ")
+    if not isinstance(space, spaces.Discrete) or space.start != 0:
+        raise _refuse("action_space", space, "Discrete, with actions from 0")
 
 
 def check_finite(name: str, batch: np.ndarray | dict[str, np.ndarray], num_timesteps: int) -> None:

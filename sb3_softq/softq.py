@@ -1,37 +1,28 @@
 """SoftQ: soft Q-learning with a sampling actor, as an off-policy algorithm of Stable-Baselines3."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
-from stable_baselines3.common.utils import (
-    FloatSchedule,
-    get_parameters_by_name,
-    update_learning_rate,
-)
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
+from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import (
     check_action_space,
-    check_auto,
     check_choice,
     check_compiler,
-    check_finite,
     check_flag,
     check_integer,
-    check_keywords,
     check_number,
     check_schedule,
-    check_train_freq,
 )
 from sb3_softq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, ParticleCritic, SamplingActor, SoftQPolicy
 from sb3_softq.soft_value import (
@@ -44,7 +35,6 @@ from sb3_softq.soft_value import (
 )
 from sb3_softq.stein import KernelName, stein_direction, tanh_log_det_grad
 
-SelfSoftQ = TypeVar("SelfSoftQ", bound="SoftQ")
 ProposalName = Literal["policy", "uniform", "mixture"]
 RepulsionName = Literal["density", "kernel"]
 
@@ -57,7 +47,7 @@ ANNEALING_UPDATES = 10_000
 N_QUERY_PARTICLES = 256
 
 
-class SoftQ(OffPolicyAlgorithm):
+class SoftQ(MaximumEntropyAlgorithm):
     """
     Soft Q-learning (Haarnoja et al. 2017, https://arxiv.org/abs/1702.08165): a maximum-entropy agent
     pi(a|s) = exp((Q(s, a) - V(s)) / alpha) whose actor is a sampler, and therefore keeps several good ways of acting.
@@ -138,6 +128,7 @@ class SoftQ(OffPolicyAlgorithm):
     critic: ParticleCritic
     critic_target: ParticleCritic
     action_space: spaces.Box
+    floats = (*MaximumEntropyAlgorithm.floats, "actor_learning_rate", "annealing")
 
     def __init__(
         self,
@@ -201,19 +192,17 @@ class SoftQ(OffPolicyAlgorithm):
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
             n_steps=n_steps,
+            ent_coef=ent_coef,
+            target_entropy=target_entropy,
+            target_update_interval=target_update_interval,
+            ent_coef_learning_rate=ent_coef_learning_rate,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             device=device,
             seed=seed,
-            sde_support=False,
-            supported_action_spaces=(spaces.Box,),
-            support_multi_env=True,
         )
-        self.ent_coef = ent_coef
-        self.target_entropy = target_entropy
-        self.target_update_interval = target_update_interval
         self.policy_delay = policy_delay
         self.n_value_particles = n_value_particles
         self.n_actor_particles = n_actor_particles
@@ -226,44 +215,21 @@ class SoftQ(OffPolicyAlgorithm):
         self.kernel_update_ratio = kernel_update_ratio
         self.annealing = annealing
         self.actor_learning_rate = actor_learning_rate
-        self.ent_coef_learning_rate = ent_coef_learning_rate
         self.bfloat16 = bfloat16
         self.compile = compile
-        # Log of the temperature and its optimizer when it is learned
-        self.log_ent_coef: th.Tensor | None = None
-        self.ent_coef_optimizer: th.optim.Optimizer | None = None
         if _init_setup_model:
             self._setup_model()
 
+    _check_action_space = staticmethod(check_action_space)
+
     def _check_arguments(self) -> None:
-        if not isinstance(self.policy_kwargs, dict):
-            raise ValueError(f"policy_kwargs={self.policy_kwargs!r} is not allowed: it must be a dict")
-        if self.seed is not None:
-            check_integer("seed", self.seed, 0, 2**32 - 1)
-        check_train_freq(self.train_freq, self.n_envs)
-        check_schedule("learning_rate", self.learning_rate, 0.0, may_end_at_low=True)
-        check_schedule("ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0, may_end_at_low=True)
+        super()._check_arguments()
         if self.actor_learning_rate is not None:
             check_schedule("actor_learning_rate", self.actor_learning_rate, 0.0, may_end_at_low=True)
-        for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "policy_delay", "stats_window_size"):
-            check_integer(name, getattr(self, "_" * (name == "stats_window_size") + name), 1)
+        check_integer("policy_delay", self.policy_delay, 1)
         for name in ("n_value_particles", "n_actor_particles", "n_actor_states"):
             check_integer(name, getattr(self, name), 1)
         check_integer("n_density_particles", self.n_density_particles, 0)
-        check_integer("learning_starts", self.learning_starts, 0)
-        check_integer("gradient_steps", self.gradient_steps, -1)
-        for name in ("bfloat16", "compile", "optimize_memory_usage"):
-            check_flag(name, getattr(self, name))
-        check_number("tau", self.tau, 0.0, 1.0)
-        check_number("gamma", self.gamma, 0.0, 1.0)
-        if isinstance(self.ent_coef, str):
-            check_auto("ent_coef", self.ent_coef, with_initial_value=True)
-        else:
-            check_schedule("ent_coef", self.ent_coef, 0.0)
-        if isinstance(self.target_entropy, str):
-            check_auto("target_entropy", self.target_entropy, with_initial_value=False)
-        else:
-            check_number("target_entropy", self.target_entropy)
         check_choice("proposal", self.proposal, get_args(ProposalName))
         check_choice("kernel", self.kernel, get_args(KernelName))
         check_choice("repulsion", self.repulsion, get_args(RepulsionName))
@@ -284,51 +250,29 @@ class SoftQ(OffPolicyAlgorithm):
                 )
         if self.kernel == "delta" and self.repulsion == "kernel":
             raise ValueError("repulsion='kernel' is not allowed with kernel='delta', which has none: it must be 'density'")
-        check_keywords("policy_kwargs", self.policy_kwargs, self.policy_class)
         if self.policy_kwargs.get("smoothing") == "none" and self.repulsion == "density":
             raise ValueError(
                 "repulsion='density' is not allowed with smoothing='none', which has no density: it must be 'kernel'"
             )
+        check_flag("bfloat16", self.bfloat16)
+        check_flag("compile", self.compile)
+        if self.compile:
+            check_compiler(self.device)
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
         self.actor_lr_schedule = None if self.actor_learning_rate is None else FloatSchedule(self.actor_learning_rate)
-        self.ent_coef_lr_schedule = FloatSchedule(self.ent_coef_learning_rate)
 
-    def _setup_model(self) -> None:
-        # here, not in the constructor: load() fills in the arguments later
-        self._check_arguments()
-        check_action_space(self.action_space)
-        if self.compile:
-            check_compiler(self.device)
-        self._convert_numbers()
-        super()._setup_model()
-        self._create_aliases()
-        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
-        if self.target_entropy == "auto":
-            self.target_entropy = -float(math.prod(self.action_space.shape))
-        if isinstance(self.ent_coef, str):
-            initial_value = float(self.ent_coef.removeprefix("auto").removeprefix("_") or 1.0)
-            # The log is what is optimized, as in SAC
-            self.log_ent_coef = th.full((1,), math.log(initial_value), device=self.device, requires_grad=True)
-            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.ent_coef_lr_schedule(1), fused=True)
+    def _auto_target_entropy(self) -> float:
+        return -float(math.prod(self.action_space.shape))
 
-    def _convert_numbers(self) -> None:
-        """FloatSchedule, deque and random.seed take few of numpy's numbers."""
-        for name in (
-            "learning_rate",
-            "actor_learning_rate",
-            "ent_coef_learning_rate",
-            "ent_coef",
-            "annealing",
-            "target_entropy",
-        ):
-            if isinstance(getattr(self, name), int | np.number):
-                setattr(self, name, float(getattr(self, name)))
-        self._stats_window_size = int(self._stats_window_size)
-        if self.seed is not None:
-            self.seed = int(self.seed)
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        return [self.actor.optimizer, self.critic.optimizer]
+
+    def _update_learning_rates(self) -> None:
+        super()._update_learning_rates()
+        if self.actor_lr_schedule is not None:
+            update_learning_rate(self.actor.optimizer, self.actor_lr_schedule(self._current_progress_remaining))
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -337,52 +281,11 @@ class SoftQ(OffPolicyAlgorithm):
 
     # ------------------------------------------------------------------ training
 
-    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
-        """
-        Sample the replay buffer and update critics, actor, temperature and target networks.
-
-        :param gradient_steps: Number of gradient steps
-        :param batch_size: Minibatch size
-        """
-        # Switch to train mode (this affects batch norm / dropout)
-        self.policy.set_training_mode(True)
-        self._update_learning_rates()
-        annealing = self._annealing()
-        stats: dict[str, list[th.Tensor]] = defaultdict(list)
-
-        for _ in range(gradient_steps):
-            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-            ent_coef = self._ent_coef_tensor()
-            step_stats = self._update_critic(replay_data, ent_coef)
-            self._n_updates += 1
-            if self._n_updates % self.policy_delay == 0:
-                step_stats |= self._update_actor(replay_data.observations, ent_coef, ent_coef * annealing)
-                if self.ent_coef_optimizer is not None:
-                    step_stats |= self._update_ent_coef(step_stats["entropy"])
-            step_stats["ent_coef"] = ent_coef
-            for key, value in step_stats.items():
-                stats[key].append(value.reshape(()))
-
-            if self._n_updates % self.target_update_interval == 0:
-                self._update_target()
-
-        self._log_stats(stats)
-
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        raw_obs, raw_reward = new_obs, reward
-        if self._vec_normalize_env is not None:
-            raw_obs, raw_reward = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
-        check_finite("reward", raw_reward, self.num_timesteps)
-        check_finite("observation", raw_obs, self.num_timesteps)
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+    def _update_networks(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+        stats = self._update_critic(replay_data, ent_coef)
+        if self._n_updates % self.policy_delay == 0:
+            stats |= self._update_actor(replay_data.observations, ent_coef)
+        return stats
 
     def _update_critic(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the critics towards r + gamma V(s')."""
@@ -391,10 +294,10 @@ class SoftQ(OffPolicyAlgorithm):
         self.critic.optimizer.step()
         return stats
 
-    def _update_actor(self, obs: PyTorchObs, ent_coef: th.Tensor, hot_ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+    def _update_actor(self, obs: PyTorchObs, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the sampler along the Stein direction."""
         self.actor.optimizer.zero_grad()
-        stats = self._call(SoftQ._actor_gradients, _slice(obs, 0, self.n_actor_states), hot_ent_coef)
+        stats = self._call(SoftQ._actor_gradients, _slice(obs, 0, self.n_actor_states), ent_coef * self._annealing())
         self.actor.optimizer.step()
         # the quantity that the actor maximizes, with the sign of a loss
         loss = -(stats.pop("actor_q_value") + ent_coef * stats["entropy"])
@@ -470,25 +373,6 @@ class SoftQ(OffPolicyAlgorithm):
             "smoothing_std": log_std.detach().exp().mean(),
         }
 
-    def _update_ent_coef(self, entropy: th.Tensor) -> dict[str, th.Tensor]:
-        """One step of the temperature: up while the policy's entropy is below its target, down while it is above."""
-        assert self.log_ent_coef is not None
-        assert self.ent_coef_optimizer is not None
-        assert isinstance(self.target_entropy, float)
-        ent_coef_loss = (self.log_ent_coef * (entropy - self.target_entropy)).mean()
-        self.ent_coef_optimizer.zero_grad()
-        ent_coef_loss.backward()
-        self.ent_coef_optimizer.step()
-        return {"ent_coef_loss": ent_coef_loss.detach()}
-
-    @th.no_grad()
-    def _update_target(self) -> None:
-        """Polyak update of the target critics, all tensors in one call."""
-        th._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
-        # Copy running stats, see https://github.com/DLR-RM/stable-baselines3/issues/996
-        for running, target in zip(self.batch_norm_stats, self.batch_norm_stats_target, strict=True):
-            target.copy_(running)
-
     def _propose(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
         """
         Draw the particles of the soft value.
@@ -532,20 +416,15 @@ class SoftQ(OffPolicyAlgorithm):
         with th.autocast(self.device.type, dtype=th.bfloat16, enabled=self.bfloat16):
             if not self.compile:
                 return function(self, *args)
-            # forward and backward pass in one graph: compiled apart they are no faster than they were
-            with th._dynamo.config.patch(trace_autograd_ops=True):
+            # Forward and backward pass in one graph: compiled apart they are no faster than they were. A graph for each
+            # setting of an agent in this process: past the limit, 8 by default, functions run uncompiled.
+            with th._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
                 return _compiled(function)(self, *args)
 
     @property
     def _n_updated_particles(self) -> int:
         assert self.kernel_update_ratio is not None
         return min(max(round(self.n_actor_particles * self.kernel_update_ratio), 1), self.n_actor_particles - 1)
-
-    def _ent_coef_tensor(self) -> th.Tensor:
-        """Current temperature, shape (1,), on the device."""
-        if self.log_ent_coef is not None:
-            return th.exp(self.log_ent_coef.detach())
-        return th.full((1,), FloatSchedule(self.ent_coef)(self._current_progress_remaining), device=self.device)  # type: ignore[arg-type]
 
     def _annealing(self) -> float:
         """Factor of the temperature in the actor's step."""
@@ -555,27 +434,6 @@ class SoftQ(OffPolicyAlgorithm):
             return 1.0
         done = max((1.0 - self._current_progress_remaining) / ANNEALING_PART, self._n_updates / ANNEALING_UPDATES)
         return ANNEALING + (1.0 - ANNEALING) * min(done, 1.0)
-
-    def _update_learning_rates(self) -> None:
-        progress_remaining = self._current_progress_remaining
-        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
-        if self.actor_lr_schedule is not None:
-            update_learning_rate(self.actor.optimizer, self.actor_lr_schedule(progress_remaining))
-        if self.ent_coef_optimizer is not None:
-            update_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(progress_remaining))
-
-    def _log_stats(self, stats: dict[str, list[th.Tensor]]) -> None:
-        """Average over the gradient steps, read from the device once, checked to be finite."""
-        values = th.stack([value for steps in stats.values() for value in steps])
-        means = [float(part.mean()) for part in values.cpu().split([len(steps) for steps in stats.values()])]
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for key, value in zip(stats, means, strict=True):
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"{key} became {value} after {self._n_updates} updates, at step {self.num_timesteps}: training stopped. "
-                    "Lower learning rates, or normalised observations and rewards (VecNormalize), may help."
-                )
-            self.logger.record_mean(f"train/{key}", value)
 
     # ------------------------------------------------------------------ what a maximum-entropy agent can be asked
 
@@ -709,33 +567,12 @@ class SoftQ(OffPolicyAlgorithm):
         array = (values.squeeze(1) if squeeze else values).cpu().numpy()
         return array if vectorized else array[0]
 
-    def learn(
-        self: SelfSoftQ,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "SoftQ",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfSoftQ:
-        return super().learn(
-            # SB3 compares it with a step count: let 1e6 be written as it is spoken
-            total_timesteps=int(total_timesteps),
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
-
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target"]
+        return [*super()._excluded_save_params(), "actor"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
-        if self.ent_coef_optimizer is None:
-            return state_dicts, []
-        return [*state_dicts, "ent_coef_optimizer"], ["log_ent_coef"]
+        state_dicts, tensors = super()._get_torch_save_params()
+        return [*state_dicts, "actor.optimizer", "critic.optimizer"], tensors
 
 
 def _slice(obs: PyTorchObs, start: int, stop: int) -> PyTorchObs:

@@ -10,9 +10,13 @@ import torch as th
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_softq import SoftQ
 from sb3_softq.checks import check_choice
@@ -315,6 +319,70 @@ def test_policy_kwargs_are_known(value):
 def test_diverged_training_stops():
     with pytest.raises(ValueError, match="Lower learning rates"):
         make(learning_rate=1e30).learn(20)
+
+
+WRONG_TYPES: dict[str, list[Any]] = {
+    "action_noise": [0.1, "normal"],
+    "replay_buffer_class": ["HerReplayBuffer", dict, 3],
+    "replay_buffer_kwargs": [3, "n_steps"],
+    "tensorboard_log": [3, True],
+    "verbose": ["1", -1, 3, None, True],
+    "device": ["gpux", 3.5, "cuda:99", None],
+    "bfloat16": [1, None, "yes"],
+    "compile": [0, "auto"],
+    "optimize_memory_usage": [None, 1],
+    "policy_kwargs": [3, "net_arch"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values])
+def test_wrong_types(name, value):
+    if name == "device" and value == "cuda:99" and not th.cuda.is_available():
+        pytest.skip("without CUDA, SB3 falls back to the CPU")
+    refused(name, value)
+
+
+@pytest.mark.parametrize("env", [3, OneStep, ["Pendulum-v1"]])
+def test_environments(env):
+    with pytest.raises(ValueError, match=r"env=.* is not allowed: it must be an environment, its id, or None"):
+        SoftQ("MlpPolicy", env)
+
+
+def test_without_an_environment():
+    with pytest.raises(ValueError, match="env=None is not allowed: it must be an environment or its id"):
+        SoftQ("MlpPolicy", None)
+
+
+@pytest.mark.parametrize("policy", [3, dict, SACPolicy])
+def test_policy_classes(policy):
+    with pytest.raises(ValueError, match=r"policy=.* is not allowed: it must be SoftQPolicy or a class derived from it"):
+        SoftQ(policy, OneStep())
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Tuple([spaces.Discrete(2)]), spaces.Text(3), spaces.Dict(a=spaces.Dict(b=spaces.Discrete(2)))]
+)
+def test_observation_spaces(space):
+    env = OneStep()
+    env.observation_space = space
+    with pytest.raises(ValueError, match=r"observation_space=.* is not allowed: it must be a Box, Discrete"):
+        SoftQ("MultiInputPolicy", env)
+
+
+@pytest.mark.parametrize(
+    ("env", "kwargs", "name"),
+    [
+        (OneStep(), {"n_steps": 2, "optimize_memory_usage": True}, "optimize_memory_usage"),
+        (SimpleMultiObsEnv(discrete_actions=False), {"optimize_memory_usage": True}, "optimize_memory_usage"),
+        (SimpleMultiObsEnv(discrete_actions=False), {"n_steps": 2}, "n_steps"),
+        (SimpleMultiObsEnv(discrete_actions=False), {"replay_buffer_class": ReplayBuffer}, "replay_buffer_class"),
+        (OneStep(), {"replay_buffer_class": HerReplayBuffer}, "replay_buffer_class"),
+    ],
+)
+def test_replay_buffers_that_sb3_does_not_have(env, kwargs, name):
+    policy = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed"):
+        SoftQ(policy, env, **kwargs)
 
 
 numbers = st.one_of(

@@ -104,3 +104,30 @@ def test_missing_extras_are_named(tmp_path):
     assert "needs tensorboard" in result.stderr
     assert "pip install sb3-softq[extra]" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def example(name, *args):
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, args)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_export_onnx(tmp_path):
+    SoftQ("MlpPolicy", "Reacher-v5", device="cpu", seed=0).save(tmp_path / "model")
+    output = example("export_onnx.py", "--model", tmp_path / "model.zip", "--out", tmp_path / "policy.onnx")
+    assert float(output.split()[-1]) < 1e-5
+    assert f"{tmp_path / 'policy.onnx'}: " in output
+
+
+def test_multi_goal(tmp_path):
+    output = example("multi_goal.py", "--steps", 150, "--out", tmp_path / "figure.png", "--frames", tmp_path / "frames")
+    assert output.count("goals of 200 rollouts") == 2
+    assert image.imread(tmp_path / "figure.png").shape[:2] == (800, 1200)
+    assert len(imageio.mimread(tmp_path / "frames" / "animation.gif")) == 21
+
+
+def test_composition(tmp_path):
+    output = example("composition.py", "--steps", 150, "--out", tmp_path / "figure.png")
+    assert output.count("of 100 rollouts") == 3
+    assert image.imread(tmp_path / "figure.png").std() > 0.01

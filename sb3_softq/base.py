@@ -1,0 +1,306 @@
+"""What soft Q-learning needs for any action space: the temperature, the target networks, the checks and the log."""
+
+import math
+from collections import defaultdict
+from os import PathLike
+from typing import Any, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
+
+from sb3_softq.checks import (
+    check_auto,
+    check_class,
+    check_device,
+    check_finite,
+    check_flag,
+    check_integer,
+    check_keywords,
+    check_number,
+    check_observation_space,
+    check_schedule,
+    check_train_freq,
+    check_type,
+)
+
+SelfMaximumEntropy = TypeVar("SelfMaximumEntropy", bound="MaximumEntropyAlgorithm")
+
+
+class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
+    """
+    Off-policy algorithm with a temperature, fixed or learned, critics and target critics.
+
+    See :class:`sb3_softq.SoftQ` for the parameters, which are handed on to ``OffPolicyAlgorithm`` but for those named here.
+
+    :param ent_coef: Temperature alpha, or ``"auto"``
+    :param target_entropy: Target of the policy's entropy in nats, or ``"auto"``
+    :param target_update_interval: Update the target networks every so many gradient steps
+    :param ent_coef_learning_rate: Learning rate of the log of the temperature
+    :raises ValueError: if an argument is out of its range
+    """
+
+    critic: nn.Module
+    critic_target: nn.Module
+    # Arguments that are converted to float if they came as another kind of number
+    floats: tuple[str, ...] = ("learning_rate", "ent_coef_learning_rate", "ent_coef", "target_entropy")
+
+    def __init__(
+        self,
+        policy: str | type[BasePolicy],
+        env: GymEnv | str,
+        *args: Any,
+        ent_coef: str | float | Schedule,
+        target_entropy: str | float,
+        target_update_interval: int,
+        ent_coef_learning_rate: float | Schedule,
+        verbose: int,
+        device: th.device | str,
+        **kwargs: Any,
+    ):
+        # before SB3 uses them
+        check_type("env", env, (str, gym.Env, VecEnv), "an environment, its id,")
+        check_integer("verbose", verbose, 0, 2)
+        check_device(device)
+        if env is not None:
+            env = maybe_make_env(env, verbose)
+            assert not isinstance(env, str)
+            check_observation_space(env.observation_space)
+            self._check_action_space(env.action_space)
+        kwargs |= dict(verbose=verbose, device=device, sde_support=False, support_multi_env=True)
+        super().__init__(policy, env, *args, **kwargs)
+        self.ent_coef = ent_coef
+        self.target_entropy = target_entropy
+        self.target_update_interval = target_update_interval
+        self.ent_coef_learning_rate = ent_coef_learning_rate
+        # Log of the temperature and its optimizer when it is learned
+        self.log_ent_coef: th.Tensor | None = None
+        self.ent_coef_optimizer: th.optim.Optimizer | None = None
+
+    # ------------------------------------------------------------------ what differs between action spaces
+
+    @staticmethod
+    def _check_action_space(space: spaces.Space) -> None:
+        """Raise a ValueError if the algorithm cannot act in this space."""
+        raise NotImplementedError
+
+    def _auto_target_entropy(self) -> float:
+        """Target of the entropy for ``target_entropy="auto"``, in nats."""
+        raise NotImplementedError
+
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        """Those that follow ``learning_rate``."""
+        raise NotImplementedError
+
+    def _create_aliases(self) -> None:
+        """Set ``critic`` and ``critic_target``."""
+        raise NotImplementedError
+
+    def _update_networks(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+        """
+        One step of critics and actor.
+
+        :param replay_data: Minibatch
+        :param ent_coef: Temperature, shape (1,)
+        :return: Scalars for the log; with ``"entropy"`` among them the temperature makes a step too
+        """
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ construction
+
+    def _check_arguments(self) -> None:
+        if getattr(self, "observation_space", None) is None:
+            raise ValueError("env=None is not allowed: it must be an environment or its id")
+        check_class("policy", self.policy_class, self.policy_aliases["MlpPolicy"])
+        check_type("policy_kwargs", self.policy_kwargs, (dict,), "a dict")
+        check_type("replay_buffer_kwargs", self.replay_buffer_kwargs, (dict,), "a dict")
+        check_class("replay_buffer_class", self.replay_buffer_class, ReplayBuffer, optional=True)
+        check_type("action_noise", self.action_noise, (ActionNoise,), "an ActionNoise")
+        check_type("tensorboard_log", self.tensorboard_log, (str, PathLike), "a path")
+        if self.seed is not None:
+            check_integer("seed", self.seed, 0, 2**32 - 1)
+        check_train_freq(self.train_freq, self.n_envs)
+        check_schedule("learning_rate", self.learning_rate, 0.0, may_end_at_low=True)
+        check_schedule("ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0, may_end_at_low=True)
+        for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "stats_window_size"):
+            check_integer(name, getattr(self, "_" * (name == "stats_window_size") + name), 1)
+        check_integer("learning_starts", self.learning_starts, 0)
+        check_integer("gradient_steps", self.gradient_steps, -1)
+        check_number("tau", self.tau, 0.0, 1.0)
+        check_number("gamma", self.gamma, 0.0, 1.0)
+        check_flag("optimize_memory_usage", self.optimize_memory_usage)
+        has_dict = isinstance(self.observation_space, spaces.Dict)
+        if self.optimize_memory_usage and (self.n_steps > 1 or has_dict):
+            raise ValueError(
+                "optimize_memory_usage=True is not allowed with n_steps > 1 or Dict observations: it must be False, "
+                "since Stable-Baselines3 has no such buffer"
+            )
+        if self.replay_buffer_class is None and self.n_steps > 1 and has_dict:
+            raise ValueError(f"n_steps={self.n_steps} is not allowed with Dict observations: it must be 1")
+        if self.replay_buffer_class is not None and issubclass(self.replay_buffer_class, DictReplayBuffer) != has_dict:
+            kind = "DictReplayBuffer or HerReplayBuffer" if has_dict else "a buffer for observations that are no Dict"
+            raise ValueError(f"replay_buffer_class={self.replay_buffer_class!r} is not allowed: it must be {kind}")
+        if isinstance(self.ent_coef, str):
+            check_auto("ent_coef", self.ent_coef, with_initial_value=True)
+        else:
+            check_schedule("ent_coef", self.ent_coef, 0.0)
+        if isinstance(self.target_entropy, str):
+            check_auto("target_entropy", self.target_entropy, with_initial_value=False)
+        else:
+            check_number("target_entropy", self.target_entropy)
+        check_keywords("policy_kwargs", self.policy_kwargs, self.policy_class)
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        self.ent_coef_lr_schedule = FloatSchedule(self.ent_coef_learning_rate)
+
+    def _setup_model(self) -> None:
+        # here, not in the constructor: load() fills in the arguments later
+        self._check_arguments()
+        self._convert_numbers()
+        super()._setup_model()
+        self._create_aliases()
+        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        if self.target_entropy == "auto":
+            self.target_entropy = self._auto_target_entropy()
+        if isinstance(self.ent_coef, str):
+            initial_value = float(self.ent_coef.removeprefix("auto").removeprefix("_") or 1.0)
+            # The log is what is optimized, as in SAC
+            self.log_ent_coef = th.full((1,), math.log(initial_value), device=self.device, requires_grad=True)
+            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.ent_coef_lr_schedule(1), fused=True)
+
+    def _convert_numbers(self) -> None:
+        """FloatSchedule, deque and random.seed take few of numpy's numbers."""
+        for name in self.floats:
+            if isinstance(getattr(self, name), int | np.number):
+                setattr(self, name, float(getattr(self, name)))
+        self._stats_window_size = int(self._stats_window_size)
+        if self.seed is not None:
+            self.seed = int(self.seed)
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Sample the replay buffer and update critics, actor, temperature and target networks.
+
+        :param gradient_steps: Number of gradient steps
+        :param batch_size: Minibatch size
+        """
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+        stats: dict[str, list[th.Tensor]] = defaultdict(list)
+
+        for _ in range(gradient_steps):
+            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            ent_coef = self._ent_coef_tensor()
+            self._n_updates += 1
+            step_stats = self._update_networks(replay_data, ent_coef)
+            if self.ent_coef_optimizer is not None and "entropy" in step_stats:
+                step_stats |= self._update_ent_coef(step_stats["entropy"])
+            step_stats["ent_coef"] = ent_coef
+            for key, value in step_stats.items():
+                stats[key].append(value.reshape(()))
+
+            if self._n_updates % self.target_update_interval == 0:
+                self._update_target()
+
+        self._log_stats(stats)
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        raw_obs, raw_reward = new_obs, reward
+        if self._vec_normalize_env is not None:
+            raw_obs, raw_reward = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
+        check_finite("reward", raw_reward, self.num_timesteps)
+        check_finite("observation", raw_obs, self.num_timesteps)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _update_ent_coef(self, entropy: th.Tensor) -> dict[str, th.Tensor]:
+        """One step of the temperature: up while the policy's entropy is below its target, down while it is above."""
+        assert self.log_ent_coef is not None
+        assert self.ent_coef_optimizer is not None
+        assert isinstance(self.target_entropy, float)
+        ent_coef_loss = (self.log_ent_coef * (entropy - self.target_entropy)).mean()
+        self.ent_coef_optimizer.zero_grad()
+        ent_coef_loss.backward()
+        self.ent_coef_optimizer.step()
+        return {"ent_coef_loss": ent_coef_loss.detach()}
+
+    @th.no_grad()
+    def _update_target(self) -> None:
+        """Polyak update of the target critics, all tensors in one call."""
+        th._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
+        # Copy running stats, see https://github.com/DLR-RM/stable-baselines3/issues/996
+        for running, target in zip(self.batch_norm_stats, self.batch_norm_stats_target, strict=True):
+            target.copy_(running)
+
+    def _ent_coef_tensor(self) -> th.Tensor:
+        """Current temperature, shape (1,), on the device."""
+        if self.log_ent_coef is not None:
+            return th.exp(self.log_ent_coef.detach())
+        return th.full((1,), FloatSchedule(self.ent_coef)(self._current_progress_remaining), device=self.device)  # type: ignore[arg-type]
+
+    def _update_learning_rates(self) -> None:
+        self._update_learning_rate(self._optimizers())
+        if self.ent_coef_optimizer is not None:
+            update_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(self._current_progress_remaining))
+
+    def _log_stats(self, stats: dict[str, list[th.Tensor]]) -> None:
+        """Average over the gradient steps, read from the device once, checked to be finite."""
+        values = th.stack([value for steps in stats.values() for value in steps])
+        means = [float(part.mean()) for part in values.cpu().split([len(steps) for steps in stats.values()])]
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for key, value in zip(stats, means, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{key} became {value} after {self._n_updates} updates, at step {self.num_timesteps}: training stopped. "
+                    "Lower learning rates, or normalised observations and rewards (VecNormalize), may help."
+                )
+            self.logger.record_mean(f"train/{key}", value)
+
+    def learn(
+        self: SelfMaximumEntropy,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "SoftQ",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfMaximumEntropy:
+        return super().learn(
+            # SB3 compares it with a step count: let 1e6 be written as it is spoken
+            total_timesteps=int(total_timesteps),
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "critic", "critic_target"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        if self.ent_coef_optimizer is None:
+            return ["policy"], []
+        return ["policy", "ent_coef_optimizer"], ["log_ent_coef"]

@@ -1,0 +1,99 @@
+"""Callbacks: pictures of an agent while it learns, and which of several goals it reaches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_softq.checks import check_integer
+from sb3_softq.envs.multi_goal import MultiGoalEnv, roll_out
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class PlotCallback(BaseCallback):
+    """
+    Save a picture of the agent every ``freq`` steps, and an animation of all of them at the end.
+
+    :param draw: Called with the agent; returns a figure (see :func:`sb3_softq.plots.new_figure`)
+    :param folder: Where ``frame_<step>.png`` and ``animation.gif`` are written
+    :param freq: Steps between two frames
+    :param fps: Frames per second of the animation
+    :raises ValueError: if ``freq`` or ``fps`` is not an integer >= 1
+    """
+
+    def __init__(self, draw: Callable[[BaseAlgorithm], "Figure"], folder: str | Path, freq: int = 1000, fps: int = 5):
+        super().__init__()
+        check_integer("freq", freq, 1)
+        check_integer("fps", fps, 1)
+        self.draw = draw
+        self.folder = Path(folder)
+        self.freq = freq
+        self.fps = fps
+        self.frames: list[Path] = []
+        self._next = 0
+
+    def _on_training_start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._next = self.num_timesteps + self.freq
+
+    def _on_step(self) -> bool:
+        # with several environments a step of all can jump over a multiple
+        if self.num_timesteps >= self._next:
+            self._next += self.freq
+            self._save()
+        return True
+
+    def _on_training_end(self) -> None:
+        try:
+            import imageio.v3 as iio
+        except ImportError as error:
+            raise ImportError('the animation needs imageio: pip install "sb3-softq[extra]"') from error
+        if self.frames:
+            images = np.stack([iio.imread(frame)[..., :3] for frame in self.frames])
+            iio.imwrite(self.folder / "animation.gif", images, duration=1000 / self.fps, loop=0)
+
+    def _save(self) -> None:
+        path = self.folder / f"frame_{self.num_timesteps:08d}.png"
+        self.draw(self.model).savefig(path)
+        self.frames.append(path)
+
+
+class GoalCallback(BaseCallback):
+    """
+    Log which goals of :class:`sb3_softq.envs.MultiGoalEnv` the policy reaches: ``multi_goal/goals_reached``, how many of
+    them; ``multi_goal/entropy``, of the histogram over the goals in nats, log(number of goals) if they are equally frequent;
+    ``multi_goal/success_rate``, share of the rollouts that reach one.
+
+    :param env: Goals and obstacles
+    :param freq: Steps between two measurements
+    :param n_rollouts: Number of rollouts from the centre
+    :raises ValueError: if ``freq`` or ``n_rollouts`` is not an integer >= 1
+    """
+
+    def __init__(self, env: MultiGoalEnv, freq: int = 1000, n_rollouts: int = 100):
+        super().__init__()
+        check_integer("freq", freq, 1)
+        check_integer("n_rollouts", n_rollouts, 1)
+        self.env = env
+        self.freq = freq
+        self.n_rollouts = n_rollouts
+        self._next = 0
+
+    def _on_training_start(self) -> None:
+        self._next = self.num_timesteps + self.freq
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= self._next:
+            self._next += self.freq
+            goals = roll_out(self.model, self.env, self.n_rollouts)[1]
+            counts = np.bincount(goals[goals >= 0], minlength=len(self.env.goals))
+            shares = counts[counts > 0] / max(counts.sum(), 1)
+            self.logger.record("multi_goal/goals_reached", int((counts > 0).sum()))
+            self.logger.record("multi_goal/entropy", float(-(shares * np.log(shares)).sum()))
+            self.logger.record("multi_goal/success_rate", float(counts.sum() / self.n_rollouts))
+        return True

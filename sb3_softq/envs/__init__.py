@@ -1,0 +1,9 @@
+"""Environments of soft Q-learning, registered with gymnasium when ``sb3_softq`` is imported."""
+
+from gymnasium.envs.registration import register
+
+from sb3_softq.envs.multi_goal import MultiGoalEnv
+
+register(id="sb3_softq/MultiGoal-v0", entry_point="sb3_softq.envs.multi_goal:MultiGoalEnv", max_episode_steps=30)
+
+__all__ = ["MultiGoalEnv"]

@@ -1,0 +1,133 @@
+"""Composition: the sum of frozen critics, a sampler trained on the union of the data."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_softq import SoftQ
+from sb3_softq.composition import ComposedSoftQ, compose
+from sb3_softq.envs import MultiGoalEnv
+from sb3_softq.envs.multi_goal import roll_out
+
+SETTINGS = dict(learning_starts=20, batch_size=16, buffer_size=300, ent_coef=0.5, device="cpu", seed=0)
+
+
+def agent(env="Pendulum-v1", steps=30, policy="MlpPolicy", **kwargs):
+    arguments = SETTINGS | dict(policy_kwargs=dict(net_arch=[8])) | kwargs
+    return SoftQ(policy, env, **arguments).learn(steps)
+
+
+def test_q_is_the_weighted_sum_and_frozen():
+    agents = [agent(), agent(seed=1, policy_kwargs=dict(net_arch=[5, 6], n_critics=3))]
+    rng = np.random.default_rng(0)
+    obs, actions = rng.normal(size=(7, 3)).astype(np.float32), rng.uniform(-2, 2, size=(7, 4, 1)).astype(np.float32)
+    expected = 2.0 * agents[0].q_values(obs, actions) - 0.5 * agents[1].q_values(obs, actions)
+    before = [th.nn.utils.parameters_to_vector(a.policy.parameters()).clone() for a in agents]
+    model = compose(agents, weights=[2.0, -0.5], gradient_steps=20)
+    np.testing.assert_allclose(model.q_values(obs, actions), expected, rtol=1e-4, atol=1e-5)
+    for a, parameters in zip(agents, before, strict=True):
+        assert th.equal(th.nn.utils.parameters_to_vector(a.policy.parameters()), parameters)
+    assert model.ent_coef == 0.5
+    # the other ways of asking work too
+    assert np.isfinite(model.soft_value(obs)).all()
+    assert model.predict(obs, deterministic=True)[0].shape == (7, 1)
+
+
+def test_the_actor_learns_from_the_union():
+    agents = [
+        agent(),
+        agent(make_vec_env("Pendulum-v1", n_envs=3), steps=60, seed=1),
+        agent(optimize_memory_usage=True, replay_buffer_kwargs={"handle_timeout_termination": False}),
+    ]
+    model = compose(agents, gradient_steps=1)
+    assert model.replay_buffer.size() == 30 + 60 + 30
+    union = {tuple(obs) for obs in model.replay_buffer.observations[:, 0]}
+    for a in agents:
+        observations = a.replay_buffer.observations[: a.replay_buffer.size()].reshape(-1, 3)
+        assert {tuple(obs) for obs in observations.astype(model.replay_buffer.observations.dtype)} <= union
+    data = model.replay_buffer.sample(100)
+    assert data.next_observations.shape == (100, 3)
+    assert th.isfinite(data.next_observations).all()
+
+
+def test_save_load_and_compose_again(tmp_path):
+    model = compose([agent(), agent(seed=1)], gradient_steps=5)
+    model.save(tmp_path / "model")
+    loaded = ComposedSoftQ.load(tmp_path / "model", device="cpu")
+    obs = np.ones((2, 3), dtype=np.float32)
+    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+    np.testing.assert_array_equal(loaded.q_values(obs, np.ones((2, 1))), model.q_values(obs, np.ones((2, 1))))
+    twice = compose([model, agent(seed=2)], gradient_steps=1)
+    np.testing.assert_allclose(
+        twice.q_values(obs, np.ones((2, 1))),
+        model.q_values(obs, np.ones((2, 1))) + agent(seed=2).q_values(obs, np.ones((2, 1))),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_it_can_go_on_in_the_environment():
+    model = compose([agent(), agent(seed=1)], gradient_steps=2)
+    q = model.q_values(np.ones((1, 3), dtype=np.float32), np.ones((1, 1)))
+    actor = th.nn.utils.parameters_to_vector(model.actor.parameters()).clone()
+    model.learn(30)
+    assert not th.equal(actor, th.nn.utils.parameters_to_vector(model.actor.parameters()))
+    np.testing.assert_array_equal(q, model.q_values(np.ones((1, 3), dtype=np.float32), np.ones((1, 1))))
+
+
+def test_dict_observations():
+    env = SimpleMultiObsEnv(discrete_actions=False)
+    agents = [agent(env, policy="MultiInputPolicy", seed=i, policy_kwargs=dict(net_arch=[4])) for i in range(2)]
+    model = compose(agents, gradient_steps=2)
+    assert model.replay_buffer.size() == 60
+    assert env.action_space.contains(model.predict(env.observation_space.sample())[0])
+
+
+def test_two_agents_agree_on_the_common_goal():
+    def learn(goals):
+        env = gym.make("sb3_softq/MultiGoal-v0", goals=goals)
+        settings = dict(ent_coef=10.0, learning_rate=1e-3, batch_size=64, buffer_size=10_000, tau=0.01, seed=0)
+        return SoftQ("MlpPolicy", env, device="cpu", **settings).learn(2_500)
+
+    right, up, down = (5.0, 0.0), (0.0, 5.0), (0.0, -5.0)
+    both = compose([learn([right, up]), learn([right, down])], gradient_steps=1_000)
+    goals = roll_out(both, MultiGoalEnv([right, up, down]), 50)[1]
+    assert (goals == 0).mean() > 0.8
+
+
+def no_buffer():
+    model = agent(seed=1)
+    model.replay_buffer = None
+    return model
+
+
+@pytest.mark.parametrize(
+    ("other", "kwargs", "message"),
+    [
+        (lambda: agent("MountainCarContinuous-v0"), {}, r"observation_space of agents\[1\] is .*: they must be the same"),
+        (lambda: agent(ent_coef=0.4), {}, r"ent_coef of agents\[1\] is 0.4, that of agents\[0\] 0.5: they must be the same"),
+        (no_buffer, {}, r"agents\[1\] has no replay buffer .*load_replay_buffer"),
+        (lambda: agent(VecNormalize(make_vec_env("Pendulum-v1"))), {}, r"agents\[1\] has its own VecNormalize"),
+        (lambda: 3, {}, r"agents\[1\]=3 is not allowed: it must be a SoftQ"),
+        (agent, {"weights": [1.0]}, r"weights=\[1.0\] is not allowed: it must hold one number for each of 2 agents"),
+        (agent, {"weights": [1.0, np.nan]}, r"weights\[1\]=nan is not allowed"),
+        (agent, {"gradient_steps": 0}, "gradient_steps=0 is not allowed"),
+        (agent, {"nonsense": 0}, "nonsense"),
+    ],
+)
+def test_agents_that_do_not_fit(other, kwargs, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        compose([agent(), other()], **kwargs)
+
+
+def test_one_agent_is_not_enough():
+    with pytest.raises(ValueError, match=r"agents=.* is not allowed: it must hold at least two"):
+        compose([agent()])
+
+
+def test_another_temperature_can_be_given():
+    assert compose([agent(), agent(ent_coef=0.4)], gradient_steps=1, ent_coef=0.2).ent_coef == 0.2

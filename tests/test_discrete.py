@@ -1,0 +1,196 @@
+"""DiscreteSoftQ against exact soft value iteration, on CartPole, and through what SB3 offers."""
+
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from examples.equivalence import relative_difference
+from sb3_softq import DiscreteSoftQ, SoftQ
+from sb3_softq.discrete import DiscreteSoftQPolicy
+
+N_STATES, N_ACTIONS, ALPHA, GAMMA = 4, 3, 1.0, 0.9
+
+
+class RandomMDP(gym.Env):
+    """Random rewards and transitions; the observation is the state, one-hot. An episode ends at random, or after 50 steps."""
+
+    observation_space = spaces.Box(0.0, 1.0, (N_STATES,))
+    action_space = spaces.Discrete(N_ACTIONS)
+
+    def __init__(self):
+        rng = np.random.default_rng(7)
+        self.rewards = rng.normal(size=(N_STATES, N_ACTIONS))
+        self.transitions = rng.dirichlet(0.5 * np.ones(N_STATES), size=(N_STATES, N_ACTIONS))
+        # part of what follows a pair
+        self.terminates = rng.uniform(0.0, 0.3, size=(N_STATES, N_ACTIONS))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.state = 0, int(self.np_random.integers(N_STATES))
+        return np.eye(N_STATES, dtype=np.float32)[self.state], {}
+
+    def step(self, action):
+        reward = self.rewards[self.state, action]
+        terminated = bool(self.np_random.random() < self.terminates[self.state, action])
+        self.state = int(self.np_random.choice(N_STATES, p=self.transitions[self.state, action]))
+        self.t += 1
+        return np.eye(N_STATES, dtype=np.float32)[self.state], float(reward), terminated, self.t == 50, {}
+
+    def soft_value_iteration(self):
+        """Fixed point of Q = r + gamma (1 - terminates) E V, V = alpha log sum exp(Q / alpha), in double precision."""
+        q = np.zeros((N_STATES, N_ACTIONS))
+        for _ in range(1000):
+            value = ALPHA * np.log(np.exp(q / ALPHA).sum(axis=1))
+            q = self.rewards + GAMMA * (1 - self.terminates) * (self.transitions @ value)
+        return q
+
+
+def make(policy="MlpPolicy", env=None, **kwargs):
+    arguments = dict(learning_starts=8, batch_size=8, buffer_size=200, seed=0, device="cpu")
+    return DiscreteSoftQ(policy, env or RandomMDP(), **(arguments | kwargs))
+
+
+def test_it_converges_to_soft_value_iteration():
+    env = RandomMDP()
+    model = make(
+        env=env,
+        ent_coef=ALPHA,
+        gamma=GAMMA,
+        buffer_size=20_000,
+        batch_size=256,
+        learning_rate=lambda progress: 3e-3 * progress,
+        policy_kwargs=dict(net_arch=[32]),
+    ).learn(6_000)
+    q = env.soft_value_iteration()
+    states, actions = np.eye(N_STATES, dtype=np.float32), np.tile(np.arange(N_ACTIONS), (N_STATES, 1))
+    value = ALPHA * np.log(np.exp(q / ALPHA).sum(axis=1))
+    np.testing.assert_allclose(model.q_values(states, actions), q, atol=0.15)
+    np.testing.assert_allclose(model.soft_value(states), value, atol=0.15)
+    np.testing.assert_allclose(np.exp(model.log_prob(states, actions)), np.exp((q - value[:, None]) / ALPHA), atol=0.1)
+    # the greedy way is one off from the soft one: it would fail this
+    greedy = np.zeros_like(q)
+    for _ in range(1000):
+        greedy = env.rewards + GAMMA * (1 - env.terminates) * (env.transitions @ greedy.max(axis=1))
+    assert np.abs(model.q_values(states, actions) - greedy).mean() > 0.5
+
+
+def test_answers_agree_with_each_other():
+    model = make(ent_coef=0.3)
+    obs = np.random.default_rng(0).uniform(size=(5, N_STATES)).astype(np.float32)
+    actions = np.tile(np.arange(N_ACTIONS), (5, 1))
+    log_prob, q, value = model.log_prob(obs, actions), model.q_values(obs, actions), model.soft_value(obs)
+    np.testing.assert_allclose(np.exp(log_prob).sum(axis=1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(log_prob, (q - value[:, None]) / 0.3, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.entropy(obs), -(np.exp(log_prob) * log_prob).sum(axis=1), rtol=1e-4)
+    # a single observation, and one action for each
+    assert model.q_values(obs[0], 2) == pytest.approx(q[0, 2], rel=1e-5)
+    np.testing.assert_allclose(model.log_prob(obs, actions[:, 1]), log_prob[:, 1], rtol=1e-5)
+    # acting follows these probabilities, and the deterministic action is the most likely one
+    frequencies = np.stack([(model.sample_actions(obs, 4000) == a).mean(axis=1) for a in range(N_ACTIONS)], axis=1)
+    np.testing.assert_allclose(frequencies, np.exp(log_prob), atol=0.04)
+    many = np.repeat(obs[:1], 4000, axis=0)
+    predicted = model.predict(many)[0]
+    np.testing.assert_allclose([(predicted == a).mean() for a in range(N_ACTIONS)], np.exp(log_prob[0]), atol=0.04)
+    assert (model.predict(obs, deterministic=True)[0] == q.argmax(axis=1)).all()
+
+
+@pytest.mark.parametrize("actions", [[0, 1], [0.5] * 5, [3] * 5, [-1] * 5, [[[0]]] * 5])
+def test_actions_that_do_not_fit(actions):
+    with pytest.raises(ValueError, match="actions"):
+        make().q_values(np.zeros((5, N_STATES), dtype=np.float32), np.array(actions))
+
+
+@pytest.mark.parametrize(("target_entropy", "sign"), [(5.0, 1), (-5.0, -1)])
+def test_temperature_follows_the_entropy(target_entropy, sign):
+    model = make(target_entropy=target_entropy).learn(30)
+    assert sign * (float(model._ent_coef_tensor()) - 0.1) > 0
+    assert th.equal(model.policy.ent_coef, model._ent_coef_tensor())
+
+
+def test_save_and_load(tmp_path):
+    model = make(ent_coef="auto_0.5").learn(40)
+    obs = RandomMDP.observation_space.sample()
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy")
+    loaded = DiscreteSoftQ.load(tmp_path / "model", env=RandomMDP(), device="cpu")
+    policy = DiscreteSoftQPolicy.load(tmp_path / "policy", device="cpu")
+    np.testing.assert_array_equal(loaded.soft_value(obs), model.soft_value(obs))
+    # the policy alone acts at the agent's temperature
+    for actor in (model, loaded, policy):
+        model.set_random_seed(1)
+        actor.sampled = actor.predict(np.tile(obs, (50, 1)))[0]
+    assert (loaded.sampled == model.sampled).all()
+    assert (policy.sampled == model.sampled).all()
+    loaded.learn(20, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 60
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=True)),
+        dict(policy="CnnPolicy", env=FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=True)),
+        dict(policy="MultiInputPolicy", env=BitFlippingEnv(n_bits=3), replay_buffer_class=HerReplayBuffer),
+        dict(env=make_vec_env("CartPole-v1", n_envs=3), gradient_steps=-1, n_steps=3, target_update_interval=2),
+        dict(env="CartPole-v1", optimize_memory_usage=True, replay_buffer_kwargs={"handle_timeout_termination": False}),
+        dict(env="CartPole-v1", train_freq=(1, "episode"), ent_coef=lambda progress: 0.1 + progress),
+    ],
+    ids=["dict", "image", "her", "several", "memory", "episode"],
+)
+def test_options(kwargs):
+    model = make(**kwargs)
+    before = th.nn.utils.parameters_to_vector(model.critic.parameters()).detach().clone()
+    model.learn(60)
+    after = th.nn.utils.parameters_to_vector(model.critic.parameters())
+    assert th.isfinite(after).all()
+    assert not th.equal(before, after)
+
+
+def test_same_seed_same_parameters():
+    first, second = (make(env="CartPole-v1").learn(100) for _ in range(2))
+    for a, b in zip(first.policy.state_dict().values(), second.policy.state_dict().values(), strict=True):
+        assert th.equal(a, b)
+
+
+def test_spaces_and_classes_belong_together():
+    with pytest.raises(ValueError, match=r"action_space=Discrete\(2\) is not allowed: .* sb3_softq.DiscreteSoftQ"):
+        SoftQ("MlpPolicy", "CartPole-v1")
+    with pytest.raises(ValueError, match=r"action_space=Box.* is not allowed: .* sb3_softq.SoftQ"):
+        DiscreteSoftQ("MlpPolicy", "Pendulum-v1")
+    env = RandomMDP()
+    env.action_space = spaces.Discrete(3, start=1)
+    with pytest.raises(ValueError, match="with actions from 0"):
+        DiscreteSoftQ("MlpPolicy", env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_cartpole(seed):
+    model = DiscreteSoftQ("MlpPolicy", "CartPole-v1", seed=seed, device="cpu").learn(50_000)
+    env = make_vec_env("CartPole-v1", seed=1000)
+    assert evaluate_policy(model, env, n_eval_episodes=20)[0] >= 475
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_on_policy_it_is_a_policy_gradient(alpha, seed):
+    assert relative_difference(alpha, off_policy=0.0, seed=seed) < 1e-12
+    assert relative_difference(alpha, off_policy=0.5, seed=seed) > 0.05
+
+
+def test_example_of_the_equivalence(tmp_path):
+    script = "import sys; sys.path.insert(0, 'examples'); import equivalence, pathlib; "
+    script += f"equivalence.OUT = pathlib.Path({str(tmp_path / 'figure.png')!r}); equivalence.main()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("on-policy") == 3
+    assert (tmp_path / "figure.png").stat().st_size > 5000
