@@ -13,8 +13,13 @@ from stable_baselines3.common.type_aliases import Schedule, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_device
 
 
+class UnsupportedSpaceError(ValueError, AssertionError):
+    """A space that an algorithm cannot have: a ValueError, and the AssertionError that Stable-Baselines3 raises there."""
+
+
 def _refuse(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
+    kind = UnsupportedSpaceError if name.endswith("_space") else ValueError
+    return kind(f"{name}={value!r} is not allowed: it must be {allowed}")
 
 
 def _is_real(value: object) -> bool:

@@ -463,3 +463,65 @@ def test_a_working_agent_or_a_value_error(kwargs):
         message = str(error)
     # extreme values, which no check can tell from daring ones, stop with a word of advice
     assert "training stopped" in message if message else model.num_timesteps >= 12
+
+
+finite = st.floats(-100, 100, width=32)
+bounds = st.one_of(finite, st.sampled_from([NAN, INF, -INF, 3e38]))
+
+
+@st.composite
+def boxes(draw, bounds=bounds):
+    shape = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
+    low, high = (np.array([draw(bounds) for _ in range(int(np.prod(shape)))]).reshape(shape) for _ in range(2))
+    swapped = draw(st.booleans())
+    if not swapped:
+        low, high = np.minimum(low, high), np.maximum(low, high)
+    return low, high, draw(st.sampled_from([np.float32, np.float64]))
+
+
+class AnySpaces(gym.Env):
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert action.shape == self.action_space.shape
+        assert self.action_space.contains(action)
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+observation_spaces = st.one_of(
+    st.tuples(st.lists(st.integers(1, 4), min_size=1, max_size=2)).map(lambda x: spaces.Box(-1.0, 1.0, tuple(x[0]))),
+    st.integers(1, 5).map(spaces.Discrete),
+    st.lists(st.integers(1, 3), min_size=1, max_size=3).map(spaces.MultiDiscrete),
+    st.integers(1, 4).map(spaces.MultiBinary),
+    st.just(spaces.Dict(a=spaces.Box(-1.0, 1.0, (2,)), b=spaces.Discrete(3))),
+    st.just(spaces.Tuple([spaces.Discrete(2)])),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(boxes(), observation_spaces)
+def test_a_space_works_or_is_refused(box, observation_space):
+    low, high, dtype = box
+    try:
+        action_space = spaces.Box(low, high, dtype=dtype)
+    except (ValueError, AssertionError):
+        # gymnasium itself has no such space
+        return
+    policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
+    arguments = dict(learning_starts=4, batch_size=4, buffer_size=50, device="cpu", policy_kwargs=dict(net_arch=[4]))
+    message = ""
+    try:
+        model = SoftQ(policy, AnySpaces(observation_space, action_space), **arguments)
+    except ValueError as error:
+        message = str(error)
+    if message:
+        assert "_space=" in message
+        return
+    model.learn(8)
+    obs = observation_space.sample()
+    assert action_space.contains(model.predict(obs, deterministic=True)[0])
+    assert model.sample_actions(obs, 3).shape == (3, *action_space.shape)
