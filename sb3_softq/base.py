@@ -83,6 +83,8 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         self.target_entropy = target_entropy
         self.target_update_interval = target_update_interval
         self.ent_coef_learning_rate = ent_coef_learning_rate
+        # Saved as True: load() finds it so before the model is set up
+        self._is_loaded = False
         # Log of the temperature and its optimizer when it is learned
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef_optimizer: th.optim.Optimizer | None = None
@@ -130,7 +132,8 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         if self.seed is not None:
             check_integer("seed", self.seed, 0, 2**32 - 1)
         check_train_freq(self.train_freq, self.n_envs)
-        check_schedule("learning_rate", self.learning_rate, 0.0, may_end_at_low=True)
+        # The RL Zoo loads agents that are only to act with a learning rate of 0
+        check_schedule("learning_rate", self.learning_rate, 0.0, open_low=not self._is_loaded, may_end_at_low=True)
         check_schedule("ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0, may_end_at_low=True)
         for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "stats_window_size"):
             check_integer(name, getattr(self, "_" * (name == "stats_window_size") + name), 1)
@@ -179,6 +182,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             # The log is what is optimized, as in SAC
             self.log_ent_coef = th.full((1,), math.log(initial_value), device=self.device, requires_grad=True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.ent_coef_lr_schedule(1), fused=True)
+        self._is_loaded = True
 
     def _convert_numbers(self) -> None:
         """FloatSchedule, deque and random.seed take few of numpy's numbers."""

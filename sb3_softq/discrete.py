@@ -153,6 +153,16 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         self.critic = self.policy.q_net
         self.critic_target = self.policy.q_net_target
 
+    @property
+    def q_net(self) -> QNetwork:
+        """The critic, by DQN's name."""
+        return self.critic
+
+    @property
+    def q_net_target(self) -> QNetwork:
+        """The target critic, by DQN's name."""
+        return self.critic_target
+
     def _auto_target_entropy(self) -> float:
         return 0.1 * float(np.log(self.action_space.n))
 

@@ -1,0 +1,81 @@
+"""``python -m sb3_softq.zoo COMMAND ...``: the commands of the RL Zoo, with their own flags, knowing ``--algo softq``."""
+
+import importlib
+import runpy
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sb3_softq.zoo import HYPERPARAMS
+
+COMMANDS = {
+    "train": "rl_zoo3.train",
+    "enjoy": "rl_zoo3.enjoy",
+    "record_video": "rl_zoo3.record_video",
+    "record_training": "rl_zoo3.record_training",
+    "plot_train": "rl_zoo3.plots.plot_train",
+    "plot_from_file": "rl_zoo3.plots.plot_from_file",
+    "all_plots": "rl_zoo3.plots.all_plots",
+    "load_from_hub": "rl_zoo3.load_from_hub",
+    "push_to_hub": "rl_zoo3.push_to_hub",
+    "benchmark": "rl_zoo3.benchmark",
+}
+
+
+def with_configuration(arguments: Sequence[str]) -> list[str]:
+    """
+    :param arguments: Of ``train``
+    :return: The same, with our hyper-parameters where it is our algorithm and none are named
+    """
+    names = [argument.partition("=")[0] for argument in arguments]
+    pairs = zip(names, [*names[1:], ""], strict=True)
+    is_softq = "--algo=softq" in arguments or ("--algo", "softq") in pairs
+    if not is_softq or {"-conf", "--conf-file"} & set(names):
+        return list(arguments)
+    return [*arguments, "--conf-file", str(HYPERPARAMS / "softq.yml")]
+
+
+def call_with_softq(call: Any) -> Any:
+    """
+    ``subprocess.call`` for commands that start others of the RL Zoo: the child knows the algorithm too, and is this Python.
+    """
+
+    def wrapped(command: Any, *args: Any, **kwargs: Any) -> int:
+        if isinstance(command, list) and command[:1] == ["python"]:
+            # python -m rl_zoo3.record_video ..., or python enjoy.py ...
+            target, rest = (command[2], command[3:]) if command[1] == "-m" else (Path(command[1]).stem, command[2:])
+            command = [sys.executable, "-m", "sb3_softq.zoo", target.rpartition(".")[2], *rest]
+        return call(command, *args, **kwargs)
+
+    return wrapped
+
+
+def mend_push_to_hub() -> None:
+    """RL Zoo 2.9 imports a function that the hub's package has renamed since, and that returned a dict."""
+    push_to_hub = importlib.import_module("huggingface_sb3.push_to_hub")
+    if not hasattr(push_to_hub, "generate_metadata"):
+        push_to_hub.__dict__["generate_metadata"] = lambda *args: push_to_hub._generate_metadata(*args).to_dict()
+
+
+def main() -> None:
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in COMMANDS:
+        known = f"commands: {', '.join(COMMANDS)}; python -m sb3_softq.zoo COMMAND --help shows the flags of one"
+        if command in ("-h", "--help"):
+            print(known)
+            return
+        sys.exit(f"{command!r} is not a command of the RL Zoo\n{known}" if command else known)
+    arguments = sys.argv[2:]
+    sys.argv = [f"sb3_softq.zoo {command}", *(with_configuration(arguments) if command == "train" else arguments)]
+    subprocess.call = call_with_softq(subprocess.call)
+    if command == "push_to_hub":
+        mend_push_to_hub()
+    # Some of them parse their arguments only as a main program. Not one that was imported before: runpy warns of that.
+    sys.modules.pop(COMMANDS[command], None)
+    runpy.run_module(COMMANDS[command], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The RL Zoo's commands with --algo softq, run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import optuna
+import pytest
+import yaml
+
+from sb3_softq import DiscreteSoftQ, SoftQ
+from sb3_softq.zoo import HYPERPARAMS, ZooSoftQ
+from sb3_softq.zoo.__main__ import COMMANDS, with_configuration
+from sb3_softq.zoo.search import convert_softq_params, sample_softq_params
+
+ENTRIES = {name: yaml.safe_load((HYPERPARAMS / name).read_text()) for name in ("softq.yml", "softq_original.yml")}
+
+
+def zoo(*args, code=0, cwd=None, timeout=600):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "sb3_softq.zoo", *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=timeout)
+    assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """A trained agent, as the RL Zoo leaves it."""
+    folder = tmp_path_factory.mktemp("logs")
+    output = zoo(
+        *("train", "--algo", "softq", "--env", "Pendulum-v1", "-n", 300, "-f", folder, "--seed", 1),
+        *("--eval-freq", 100, "--eval-episodes", 1, "-params", "learning_starts:50", "n_value_particles:3"),
+    )
+    # our configuration, and what the command line changes
+    assert "softq.yml" in output
+    assert "('learning_rate', 0.001)" in output
+    assert "('n_value_particles', 3)" in output
+    return folder
+
+
+def test_train(logs):
+    run = logs / "softq" / "Pendulum-v1_1"
+    model = SoftQ.load(run / "Pendulum-v1.zip", device="cpu")
+    assert (model.num_timesteps, model.n_value_particles, model._n_updates) == (300, 3, 250)
+    assert (run / "best_model.zip").exists()
+    with np.load(run / "evaluations.npz") as evaluations:
+        assert evaluations["timesteps"].tolist() == [100, 200, 300]
+
+
+def test_enjoy(logs):
+    output = zoo("enjoy", "--algo", "softq", "--env", "Pendulum-v1", "-f", logs, "--no-render", "-n", 200)
+    assert "Mean reward: -" in output
+
+
+def test_record_video(logs, tmp_path):
+    zoo("record_video", "--algo", "softq", "--env", "Pendulum-v1", "-f", logs, "-n", 20, "-o", tmp_path)
+    (video,) = tmp_path.glob("*.mp4")
+    assert video.stat().st_size > 1000
+
+
+def test_commands_that_start_others_know_the_algorithm(logs, tmp_path):
+    zoo(
+        *("benchmark", "--log-dir", logs, "--benchmark-dir", tmp_path / "bench", "-n", 200),
+        *("--no-hub", "--num-threads", 1),
+        cwd=tmp_path,
+    )
+    assert "softq" in (tmp_path / "benchmark.md").read_text()
+
+
+def test_continue_training(logs, tmp_path):
+    agent = logs / "softq" / "Pendulum-v1_1" / "Pendulum-v1.zip"
+    output = zoo("train", "--algo", "softq", "--env", "Pendulum-v1", "-n", 20, "-f", tmp_path, "-i", agent, "--eval-freq", -1)
+    assert "Loading pretrained agent" in output
+    assert SoftQ.load(tmp_path / "softq" / "Pendulum-v1_1" / "Pendulum-v1.zip").n_value_particles == 3
+
+
+def test_plot_train(logs):
+    zoo("plot_train", "-a", "softq", "-e", "Pendulum-v1", "-f", logs)
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"benchmark"}))
+def test_every_command_has_its_own_flags(command):
+    output = zoo(command, "--help")
+    assert "usage:" in output
+    # those that look at finished runs take any name
+    assert "softq" in output or command in ("all_plots", "plot_from_file", "plot_train")
+
+
+def test_unknown_command():
+    output = zoo("trian", code=1)
+    assert "'trian' is not a command" in output
+    assert all(command in output for command in COMMANDS)
+    assert zoo("--help").startswith("commands: train, enjoy")
+
+
+def test_a_discrete_environment_gets_the_discrete_agent(tmp_path):
+    zoo("train", "--algo", "softq", "--env", "CartPole-v1", "-n", 120, "-f", tmp_path, "--eval-freq", -1)
+    assert DiscreteSoftQ.load(tmp_path / "softq" / "CartPole-v1_1" / "CartPole-v1.zip").num_timesteps == 120
+    output = zoo("enjoy", "--algo", "softq", "--env", "CartPole-v1", "-f", tmp_path, "--no-render", "-n", 100)
+    assert "Mean reward" in output or "Episode" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_ours"),
+    [
+        (["--algo", "softq"], True),
+        (["--env", "a", "--algo=softq"], True),
+        (["--algo", "sac"], False),
+        (["--env", "softq"], False),
+        (["--algo", "softq", "-conf", "x.yml"], False),
+        (["--algo", "softq", "--conf-file=x.yml"], False),
+    ],
+)
+def test_configuration(arguments, is_ours):
+    assert with_configuration(arguments)[len(arguments) :] == (
+        ["--conf-file", str(HYPERPARAMS / "softq.yml")] if is_ours else []
+    )
+
+
+@pytest.mark.parametrize("file", ENTRIES)
+def test_entries_are_of_known_environments_and_arguments(file):
+    for env_id, entry in ENTRIES[file].items():
+        if env_id != "default" and not env_id.startswith("PointMaze"):
+            gym.spec(env_id)
+        arguments = {k: v for k, v in entry.items() if k not in ("n_timesteps", "env_wrapper", "frame_stack")}
+        if isinstance(arguments.get("replay_buffer_kwargs"), str) or arguments["policy"] != "MlpPolicy":
+            continue
+        if isinstance(arguments.get("policy_kwargs"), str):
+            arguments["policy_kwargs"] = eval(arguments["policy_kwargs"])
+        env = gym.make("CartPole-v1" if env_id == "CartPole-v1" else "Pendulum-v1")
+        ZooSoftQ(env=env, **arguments)
+
+
+def test_sampler():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = set()
+    for _ in range(10):
+        trial = study.ask()
+        kwargs = sample_softq_params(trial, 1, 1, {})
+        drawn.add(kwargs["tau"])
+        model = SoftQ("MlpPolicy", "Pendulum-v1", learning_starts=4, device="cpu", **kwargs).learn(6)
+        assert model.target_entropy == trial.params["target_entropy_per_dim"]
+        # what a stored trial is converted to: the same, but for the target that needs the dimension
+        stored = convert_softq_params(trial.params)
+        assert stored == {key: value for key, value in kwargs.items() if key != "target_entropy"}
+    assert len(drawn) == 10
+
+
+def test_search(tmp_path):
+    storage = tmp_path / "study" / "journal.log"
+    output = zoo(
+        *("train", "--algo", "softq", "--env", "Pendulum-v1", "-n", 150, "-f", tmp_path, "-optimize", "--n-trials", 2),
+        *("--n-evaluations", 1, "--eval-episodes", 1, "--storage", storage, "--study-name", "test", "--no-optim-plots"),
+    )
+    assert "Best trial" in output
+    backend = optuna.storages.journal.JournalFileBackend(str(storage))
+    study = optuna.load_study(study_name="test", storage=optuna.storages.JournalStorage(backend))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
+    # and training with what was found
+    output = zoo(
+        *("train", "--algo", "softq", "--env", "Pendulum-v1", "-n", 110, "-f", tmp_path, "--eval-freq", -1),
+        *("--storage", storage, "--study-name", "test", "--trial-id", 1),
+    )
+    assert str(study.trials[1].params["tau"]) in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "env_id"), [(file, env_id) for file, entries in ENTRIES.items() for env_id in entries])
+def test_every_entry_trains(file, env_id, tmp_path):
+    env_id = "Pendulum-v1" if env_id == "default" else env_id
+    packages = ["--gym-packages", "gymnasium_robotics"] if env_id.startswith("PointMaze") else []
+    for package, prefixes in {"gymnasium_robotics": ["PointMaze"], "Box2D": ["LunarLander", "Bipedal", "CarRacing"]}.items():
+        if env_id.startswith(tuple(prefixes)):
+            pytest.importorskip(package)
+    steps = 300 if env_id.startswith("CarRacing") else 2000
+    zoo(
+        *("train", "--algo", "softq", "--env", env_id, "-n", steps, "-f", tmp_path, "--eval-freq", -1),
+        *("-conf", HYPERPARAMS / file, *packages),
+    )
+    assert list(Path(tmp_path).glob("softq/*/*.zip"))
