@@ -74,6 +74,8 @@ def largest_difference(policy: BasePolicy, path: Path, obs: np.ndarray) -> float
     :param obs: Observations, shape (batch_size, ...)
     :return: Largest difference between the actions of onnxruntime and those of ``predict``
     """
+    if np.issubdtype(obs.dtype, np.floating):
+        obs = obs.astype(np.float32)
     (actions,) = onnxruntime.InferenceSession(str(path)).run(None, {"obs": obs})
     return float(np.abs(actions - policy.predict(obs, deterministic=True)[0]).max())
 

@@ -60,9 +60,7 @@ def main() -> None:
         counts = goal_counts(model, env)
         blocked = MultiGoalEnv(obstacles=[WALLS[int(counts.argmax())]])
         success = goal_counts(model, blocked).sum() / 200
-        print(
-            f"{name}: 200 rollouts reach the goals {counts.tolist()}, with a wall before the favourite {success:.0%} succeed"
-        )
+        print(f"{name}: goals of 200 rollouts {counts.tolist()}, with a wall before the favourite {success:.0%} succeed")
         draw_multi_goal(axes[0, column], env, roll_out(model, env, 60)[0], alpha=0.6)
         axes[0, column].set_title(f"{name}: rollouts from the centre")
         if name == "SoftQ":

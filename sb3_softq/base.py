@@ -34,6 +34,9 @@ from sb3_softq.checks import (
     check_type,
 )
 
+# Least learning rate of the log of the temperature where none is given
+ENT_COEF_LEARNING_RATE = 1e-3
+
 SelfMaximumEntropy = TypeVar("SelfMaximumEntropy", bound="MaximumEntropyAlgorithm")
 
 
@@ -46,7 +49,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
     :param ent_coef: Temperature alpha, or ``"auto"``
     :param target_entropy: Target of the policy's entropy in nats, or ``"auto"``
     :param target_update_interval: Update the target networks every so many gradient steps
-    :param ent_coef_learning_rate: Learning rate of the log of the temperature
+    :param ent_coef_learning_rate: Learning rate of the log of the temperature, or None
     :raises ValueError: if an argument is out of its range
     """
 
@@ -63,7 +66,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         ent_coef: str | float | Schedule,
         target_entropy: str | float,
         target_update_interval: int,
-        ent_coef_learning_rate: float | Schedule,
+        ent_coef_learning_rate: float | Schedule | None,
         verbose: int,
         device: th.device | str,
         **kwargs: Any,
@@ -134,7 +137,8 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         check_train_freq(self.train_freq, self.n_envs)
         # The RL Zoo loads agents that are only to act with a learning rate of 0
         check_schedule("learning_rate", self.learning_rate, 0.0, open_low=not self._is_loaded, may_end_at_low=True)
-        check_schedule("ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0, may_end_at_low=True)
+        if self.ent_coef_learning_rate is not None:
+            check_schedule("ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0, may_end_at_low=True)
         for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "stats_window_size"):
             check_integer(name, getattr(self, "_" * (name == "stats_window_size") + name), 1)
         check_integer("learning_starts", self.learning_starts, 0)
@@ -165,7 +169,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
-        self.ent_coef_lr_schedule = FloatSchedule(self.ent_coef_learning_rate)
+        self.ent_coef_lr_schedule = None if self.ent_coef_learning_rate is None else FloatSchedule(self.ent_coef_learning_rate)
 
     def _setup_model(self) -> None:
         # here, not in the constructor: load() fills in the arguments later
@@ -181,7 +185,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             initial_value = float(self.ent_coef.removeprefix("auto").removeprefix("_") or 1.0)
             # The log is what is optimized, as in SAC
             self.log_ent_coef = th.full((1,), math.log(initial_value), device=self.device, requires_grad=True)
-            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.ent_coef_lr_schedule(1), fused=True)
+            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self._ent_coef_lr(1.0), fused=True)
         self._is_loaded = True
 
     def _convert_numbers(self) -> None:
@@ -264,10 +268,16 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             return th.exp(self.log_ent_coef.detach())
         return th.full((1,), FloatSchedule(self.ent_coef)(self._current_progress_remaining), device=self.device)  # type: ignore[arg-type]
 
+    def _ent_coef_lr(self, progress_remaining: float) -> float:
+        """By default never below that of the critics, which would otherwise settle on a temperature that is on its way."""
+        if self.ent_coef_lr_schedule is not None:
+            return self.ent_coef_lr_schedule(progress_remaining)
+        return max(ENT_COEF_LEARNING_RATE, self.lr_schedule(progress_remaining))
+
     def _update_learning_rates(self) -> None:
         self._update_learning_rate(self._optimizers())
         if self.ent_coef_optimizer is not None:
-            update_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(self._current_progress_remaining))
+            update_learning_rate(self.ent_coef_optimizer, self._ent_coef_lr(self._current_progress_remaining))
 
     def _log_stats(self, stats: dict[str, list[th.Tensor]]) -> None:
         """Average over the gradient steps, read from the device once, checked to be finite."""

@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_softq.checks import check_flag, check_integer, check_net_arch, check_number
+from sb3_softq.checks import check_integer, check_net_arch, check_number
 from sb3_softq.soft_value import local_log_std, mixture_mode
 
 Smoothing = Literal["learned", "local", "none"]
@@ -234,7 +234,7 @@ class SamplingActor(BasePolicy):
         :return: Pre-tanh actions, shape (batch_size, action_dim)
         """
         features = self.features(obs)
-        mean, log_std = self.particles(features, self.xi_bank.expand(len(features), -1, -1))
+        mean, log_std = self.particles(features, self.xi_bank.expand(features.shape[0], -1, -1))
         return mixture_mode(mean[:, 0], mean, log_std)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
@@ -247,20 +247,8 @@ class SamplingActor(BasePolicy):
 
 class ParticleCritic(ContinuousCritic):
     """
-    SB3's Q networks, evaluated for several actions per state. See :class:`ContinuousCritic` for the other parameters.
-
-    :param layer_norm: Whether each hidden layer is normalised (https://arxiv.org/abs/1607.06450) before its activation
+    SB3's Q networks, evaluated for several actions per state. See :class:`ContinuousCritic` for the parameters.
     """
-
-    def __init__(self, *args: Any, layer_norm: bool = False, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if layer_norm:
-            for net in self.q_networks:
-                # from the last hidden layer to the first, so that indices stay what they are
-                for i in reversed(range(len(net) - 1)):  # type: ignore[arg-type]
-                    layer = net[i]  # type: ignore[index]
-                    if isinstance(layer, nn.Linear):
-                        net.insert(i + 1, nn.LayerNorm(layer.out_features))  # type: ignore[operator]
 
     def features(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -303,7 +291,6 @@ class SoftQPolicy(BasePolicy):
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer.
         Adam and AdamW use ``fused=True`` unless told otherwise.
     :param n_critics: Number of critic networks to create.
-    :param layer_norm: Whether the critics' hidden layers are normalised
     :param share_features_extractor: Whether to share or not the features extractor between the actor and the critic
         (this saves computation time)
     """
@@ -328,7 +315,6 @@ class SoftQPolicy(BasePolicy):
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
-        layer_norm: bool = False,
         share_features_extractor: bool = False,
     ):
         super().__init__(
@@ -353,8 +339,6 @@ class SoftQPolicy(BasePolicy):
         self.log_std_init = log_std_init
         self.head_arch = list(head_arch)
         self.n_critics = n_critics
-        check_flag("layer_norm", layer_norm)
-        self.layer_norm = layer_norm
         self.share_features_extractor = share_features_extractor
 
         self.actor = self.make_actor()
@@ -389,7 +373,6 @@ class SoftQPolicy(BasePolicy):
                 log_std_init=self.log_std_init,
                 head_arch=self.head_arch,
                 n_critics=self.n_critics,
-                layer_norm=self.layer_norm,
                 lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
                 optimizer_class=self.optimizer_class,
                 optimizer_kwargs=self.optimizer_kwargs,
@@ -421,10 +404,7 @@ class SoftQPolicy(BasePolicy):
         _, arch = get_actor_critic_arch(self.net_arch)
         net_kwargs = self._net_kwargs(arch, features_extractor)
         return ParticleCritic(
-            **net_kwargs,
-            n_critics=self.n_critics,
-            layer_norm=self.layer_norm,
-            share_features_extractor=self.share_features_extractor,
+            **net_kwargs, n_critics=self.n_critics, share_features_extractor=self.share_features_extractor
         ).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:

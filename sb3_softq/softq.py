@@ -101,7 +101,8 @@ class SoftQ(MaximumEntropyAlgorithm):
         itself, and when it is not falls from 20 to 1 over two thirds of training, or over 10,000 updates if they are fewer.
     :param actor_learning_rate: learning rate of the actor, float or function of the progress remaining;
         ``learning_rate`` by default
-    :param ent_coef_learning_rate: learning rate of the log of the temperature, when it is learned
+    :param ent_coef_learning_rate: learning rate of the log of the temperature, when it is learned;
+        1e-3 by default, or ``learning_rate`` where that is larger
     :param bfloat16: Whether matrix products of the updates are done in bfloat16, on hardware that has them fast
     :param compile: Whether the updates are compiled with ``torch.compile``, which takes some seconds at their first call,
         a C++ compiler and a release of torch that traces gradients (2.13 does)
@@ -162,7 +163,7 @@ class SoftQ(MaximumEntropyAlgorithm):
         kernel_update_ratio: float | None = None,
         annealing: str | float | Schedule = "auto",
         actor_learning_rate: float | Schedule | None = None,
-        ent_coef_learning_rate: float | Schedule = 1e-3,
+        ent_coef_learning_rate: float | Schedule | None = None,
         bfloat16: bool = False,
         compile: bool = False,
         stats_window_size: int = 100,

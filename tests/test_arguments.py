@@ -103,7 +103,7 @@ def test_positive_numbers(name, value):
     assert "a finite number > 0.0" in refused(name, value)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "ent_coef_learning_rate", "ent_coef", "bandwidth", "annealing"])
+@pytest.mark.parametrize("name", ["learning_rate", "ent_coef", "bandwidth", "annealing"])
 def test_none_is_no_number(name):
     assert "a finite number" in refused(name, None)
 

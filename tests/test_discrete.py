@@ -67,6 +67,9 @@ def test_it_converges_to_soft_value_iteration():
         gamma=GAMMA,
         buffer_size=20_000,
         batch_size=256,
+        train_freq=1,
+        tau=0.01,
+        target_update_interval=1,
         learning_rate=lambda progress: 3e-3 * progress,
         policy_kwargs=dict(net_arch=[32]),
     ).learn(6_000)

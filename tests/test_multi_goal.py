@@ -165,7 +165,8 @@ def test_pictures():
 
 def test_rollouts_have_the_colour_of_their_goal():
     figure, axes = new_figure(3, 3)
-    draw_multi_goal(axes, MultiGoalEnv(), roll_out(Towards([*GOALS, (2.5, 2.5)]), MultiGoalEnv(), 5)[0])
+    paths = roll_out(Towards(GOALS), MultiGoalEnv(), 4)[0] + roll_out(Towards([(0.0, 0.0)]), MultiGoalEnv(), 1)[0]
+    draw_multi_goal(axes, MultiGoalEnv(), paths)
     colours = [line.get_color() for line in axes.lines[::2]]
     assert len(set(colours)) == 5
     assert colours[-1] == "0.4"

@@ -208,6 +208,16 @@ def test_schedules():
     assert model.ent_coef_optimizer.param_groups[0]["lr"] == pytest.approx(3e-4)
 
 
+@pytest.mark.parametrize(
+    ("learning_rate", "expected"), [(3e-4, 1e-3), (0.02, 0.02), (lambda progress: 0.01 * progress, 0.005)]
+)
+def test_temperature_learns_as_fast_as_the_critics_by_default(learning_rate, expected):
+    model = make(learning_rate=learning_rate).learn(10)
+    model._update_current_progress_remaining(1, 2)
+    model.train(1, 8)
+    assert model.ent_coef_optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
 def test_actor_learning_rate_is_the_critics_by_default():
     model = make(learning_rate=LinearSchedule(1e-3, 1e-4, 1.0))
     check_training(model)
