@@ -28,7 +28,7 @@ def train(goals: list[tuple[float, float]], steps: int, seed: int) -> SoftQ:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=15_000)
+    parser.add_argument("--steps", type=int, default=8_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figure")
     args = parser.parse_args()

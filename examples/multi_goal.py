@@ -62,13 +62,14 @@ def main() -> None:
         success = goal_counts(model, blocked).sum() / 200
         print(f"{name}: goals of 200 rollouts {counts.tolist()}, with a wall before the favourite {success:.0%} succeed")
         draw_multi_goal(axes[0, column], env, roll_out(model, env, 60)[0], alpha=0.6)
-        axes[0, column].set_title(f"{name}: rollouts from the centre")
+        axes[0, column].set_title(f"{name}: rollouts from the centre", fontsize=10)
         if name == "SoftQ":
             draw_multi_goal(axes[0, 2], blocked, roll_out(model, blocked, 60)[0], alpha=0.6)
-            axes[0, 2].set_title("SoftQ: a wall that was not there in training")
+            axes[0, 2].set_title("SoftQ: a wall that was not there in training", fontsize=10)
     for ax, state in zip(axes[1], STATES, strict=True):
         plot_level_curves(ax, softq, np.array(state, dtype=np.float32))
-        ax.set(title=f"Q(s, ·) at s = {state}, samples of the policy", xlabel="action x", ylabel="action y")
+        ax.set_title(f"Q(s, ·) at s = {state}, samples of the policy", fontsize=10)
+        ax.set(xlabel="action x", ylabel="action y")
     figure.tight_layout()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out)

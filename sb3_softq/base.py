@@ -29,6 +29,7 @@ from sb3_softq.checks import (
     check_keywords,
     check_number,
     check_observation_space,
+    check_parameters,
     check_schedule,
     check_train_freq,
     check_type,
@@ -301,7 +302,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfMaximumEntropy:
-        return super().learn(
+        super().learn(
             # SB3 compares it with a step count: let 1e6 be written as it is spoken
             total_timesteps=int(total_timesteps),
             callback=callback,
@@ -310,6 +311,9 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+        # the losses of the last update were those before it
+        check_parameters(self.policy, self.num_timesteps)
+        return self
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "critic", "critic_target"]

@@ -21,6 +21,8 @@ from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
+from sb3_softq.checks import check_parameters
+
 SelfOffPolicyAlgorithm = TypeVar("SelfOffPolicyAlgorithm", bound=OffPolicyAlgorithm)
 
 # Counted, because steps alone do not tell which one is the newest where a second run starts again from 0
@@ -67,7 +69,9 @@ class ResumableCheckpoint(BaseCallback):
         Write a checkpoint now, then delete the older ones.
 
         :return: Folder of the checkpoint
+        :raises ValueError: if a parameter is NaN or infinite; the last checkpoint stays
         """
+        check_parameters(self.model.policy, self.model.num_timesteps)
         older = _checkpoints(self.path)
         count = 1 + (_numbers(older[-1])[0] if older else 0)
         folder = self.path / f"checkpoint-{count}-step{self.model.num_timesteps}"

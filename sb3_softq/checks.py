@@ -279,3 +279,17 @@ def check_finite(name: str, batch: np.ndarray | dict[str, np.ndarray], num_times
                 f"{name}{f' {key!r}' if key else ''} of environment {env_idx} is not finite at step {num_timesteps}: "
                 f"{values[env_idx]}. Training stopped before it was stored."
             )
+
+
+def check_parameters(policy: th.nn.Module, num_timesteps: int) -> None:
+    """
+    :param policy: Networks of the agent
+    :param num_timesteps: Number of steps so far
+    :raises ValueError: if a parameter is NaN or infinite, naming it
+    """
+    for name, parameter in policy.named_parameters():
+        if not th.isfinite(parameter).all():
+            raise ValueError(
+                f"parameter {name} is not finite at step {num_timesteps}: training stopped. Lower learning rates, or "
+                "normalised observations and rewards (VecNormalize), may help."
+            )

@@ -1,5 +1,6 @@
 """A bad argument is refused when the agent is made, by a ValueError that names the argument and its value."""
 
+import inspect
 import re
 from typing import Any
 
@@ -12,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.sac.policies import SACPolicy
 
-from sb3_softq import SoftQ
+from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.checks import check_choice
 
 NAN, INF = float("nan"), float("inf")
@@ -385,6 +387,20 @@ def test_replay_buffers_that_sb3_does_not_have(env, kwargs, name):
         SoftQ(policy, env, **kwargs)
 
 
+def test_parameters_are_finite_after_the_last_update():
+    model = make()
+
+    class Break(BaseCallback):
+        def _on_step(self):
+            with th.no_grad():
+                model.critic.qf1[0].weight[0, 0] = INF
+            return True
+
+    # too late for a loss to show it
+    with pytest.raises(ValueError, match=r"parameter critic.qf1.0.weight is not finite at step 3: training stopped"):
+        model.learn(3, Break())
+
+
 numbers = st.one_of(
     st.floats(),
     st.floats(0, 3),
@@ -462,6 +478,42 @@ def test_a_working_agent_or_a_value_error(kwargs):
     except ValueError as error:
         message = str(error)
     # extreme values, which no check can tell from daring ones, stop with a word of advice
+    assert "training stopped" in message if message else model.num_timesteps >= 12
+
+
+DISCRETE_ARGUMENTS = {
+    name: values
+    for name, values in ARGUMENTS.items()
+    if name in inspect.signature(DiscreteSoftQ).parameters and name != "policy_kwargs"
+}
+
+
+class OneStepDiscrete(OneStep):
+    def __init__(self):
+        super().__init__(spaces.Discrete(3))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.one_of(
+        *[st.fixed_dictionaries({name: values}) for name, values in DISCRETE_ARGUMENTS.items()],
+        st.fixed_dictionaries({}, optional=DISCRETE_ARGUMENTS),
+    )
+)
+def test_a_working_discrete_agent_or_a_value_error(kwargs):
+    message = ""
+    arguments = dict(learning_starts=4, batch_size=4, buffer_size=50, policy_kwargs=dict(net_arch=[4]), device="cpu")
+    try:
+        model = DiscreteSoftQ("MlpPolicy", OneStepDiscrete(), **(arguments | kwargs))
+    except ValueError as error:
+        message = str(error)
+    if message:
+        assert any(name in message for name in kwargs)
+        return
+    try:
+        model.learn(12)
+    except ValueError as error:
+        message = str(error)
     assert "training stopped" in message if message else model.num_timesteps >= 12
 
 

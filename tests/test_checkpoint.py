@@ -206,6 +206,18 @@ def test_interrupted_at_every_call(tmp_path, monkeypatch):
     assert seen == {(False, False), (False, True), (True, True)}
 
 
+def test_a_diverged_agent_is_not_saved(tmp_path):
+    model = train(tmp_path)
+    saved = weights(model)
+    with th.no_grad():
+        model.actor.head[0].bias[0] = float("nan")
+    callback = ResumableCheckpoint(1, tmp_path)
+    callback.init_callback(model)
+    with pytest.raises(ValueError, match=r"parameter actor.head.0.bias is not finite at step 60"):
+        callback.save()
+    assert th.equal(weights(reload(tmp_path)), saved)
+
+
 def test_killed_while_saving(tmp_path):
     for delay in (0.0, 0.03, 0.1):
         path = tmp_path / str(delay)

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from sb3_softq.zoo import HYPERPARAMS
+from sb3_softq.zoo.storage import shared
 
 COMMANDS = {
     "train": "rl_zoo3.train",
@@ -70,6 +73,7 @@ def main() -> None:
     arguments = sys.argv[2:]
     sys.argv = [f"sb3_softq.zoo {command}", *(with_configuration(arguments) if command == "train" else arguments)]
     subprocess.call = call_with_softq(subprocess.call)
+    optuna.create_study = shared(optuna.create_study)
     if command == "push_to_hub":
         mend_push_to_hub()
     # Some of them parse their arguments only as a main program. Not one that was imported before: runpy warns of that.

@@ -1,0 +1,53 @@
+"""Studies that several machines work on: a worker that dies leaves its trial to the others."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.trial import TrialState
+
+
+def heartbeat_seconds() -> int:
+    """Seconds between two signs of life of a trial; after three that are missing it is taken for dead."""
+    return int(os.environ.get("SB3_SOFTQ_HEARTBEAT", "60"))
+
+
+class SharedStudy(optuna.Study):
+    """A study of several workers: ``optimize`` returns when no trial of any of them is unfinished."""
+
+    def optimize(self, func: Callable[[optuna.Trial], Any], **options: Any) -> None:  # type: ignore[override]
+        super().optimize(func, **options)
+        # now for the trials of others: they finish, or are queued again
+        options = {name: value for name, value in options.items() if name not in ("n_trials", "callbacks")}
+        while self.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+            fail_stale_trials(self)
+            if self.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                super().optimize(func, n_trials=1, **options)
+            else:
+                time.sleep(heartbeat_seconds())
+
+
+def shared(create_study: Callable[..., optuna.Study]) -> Callable[..., optuna.Study]:
+    """
+    :param create_study: ``optuna.create_study``
+    :return: The same, but where ``storage`` is a database's URL, trials show signs of life there, and those of dead workers
+        are queued again
+    """
+
+    def wrapped(storage: Any = None, **kwargs: Any) -> optuna.Study:
+        if not isinstance(storage, str) or "://" not in storage:
+            return create_study(storage=storage, **kwargs)
+        database = RDBStorage(
+            storage,
+            heartbeat_interval=heartbeat_seconds(),
+            grace_period=3 * heartbeat_seconds(),
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+        )
+        study = create_study(storage=database, **kwargs)
+        study.__class__ = SharedStudy
+        return study
+
+    return wrapped
