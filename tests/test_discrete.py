@@ -158,6 +158,18 @@ def test_options(kwargs):
     assert not th.equal(before, after)
 
 
+@pytest.mark.parametrize(
+    "space", [spaces.Discrete(4), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3), spaces.Box(-1.0, 1.0, (2, 2))], ids=str
+)
+def test_observation_spaces(space):
+    env = RandomMDP()
+    env.observation_space = space
+    env.reset = lambda **kwargs: (space.sample(), {})
+    env.step = lambda action: (space.sample(), float(action), False, False, {})
+    model = make(env=env).learn(30)
+    assert model.sample_actions(space.sample(), 4).shape == (4,)
+
+
 def test_same_seed_same_parameters():
     first, second = (make(env="CartPole-v1").learn(100) for _ in range(2))
     for a, b in zip(first.policy.state_dict().values(), second.policy.state_dict().values(), strict=True):
