@@ -223,7 +223,9 @@ def check_keywords(name: str, keywords: Iterable[str], cls: type) -> None:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     for keyword in keywords:
-        check_choice(f"key of {name}", keyword, [k for k in known if k != "self"])
+        # each once, without what the algorithm gives
+        given = ("self", "observation_space", "action_space", "lr_schedule")
+        check_choice(f"key of {name}", keyword, [k for k in dict.fromkeys(known) if k not in given])
 
 
 def check_observation_space(space: spaces.Space) -> None:
