@@ -53,7 +53,10 @@ class DiscreteSoftQPolicy(DQNPolicy):
 
     def _predict(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         logits = self.logits(obs)
-        return logits.argmax(dim=1) if deterministic else th.distributions.Categorical(logits=logits).sample()
+        if not deterministic:
+            # the Gumbel-max trick: a sample of softmax(logits)
+            logits = logits - th.empty_like(logits).exponential_().log()
+        return logits.argmax(dim=1)
 
 
 MlpPolicy = DiscreteSoftQPolicy
@@ -205,7 +208,8 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         self.policy.optimizer.zero_grad()
         critic_loss.backward()
         self.policy.optimizer.step()
-        entropy = th.distributions.Categorical(logits=all_q_values.detach() / ent_coef).entropy().mean()
+        log_probs = th.log_softmax(all_q_values.detach() / ent_coef, dim=1)
+        entropy = -(log_probs.exp() * log_probs).sum(dim=1).mean()
         return {"critic_loss": critic_loss.detach(), "q_value": q_values.detach().mean(), "entropy": entropy}
 
     # ------------------------------------------------------------------ what a maximum-entropy agent can be asked
