@@ -92,8 +92,8 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
     :raises ValueError: if an argument is out of its range
 
     All other parameters are those of :class:`sb3_softq.SoftQ`. Learning rate, ``train_freq`` and target updates are close to
-    what the RL Zoo has for DQN on CartPole: the target network is replaced (``tau=1``) every 128 updates. A target that
-    follows slowly (``tau=0.01``) did not solve CartPole in 30,000 steps.
+    what the RL Zoo has for DQN on CartPole: the target network is replaced (``tau=1``) every 128 updates, which solves it
+    within 50,000 steps on five of six seeds. A target that follows slowly (``tau=0.01``) had not in 20,000 to 30,000.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
