@@ -10,6 +10,11 @@ A cell is one algorithm (or variant of it), environment and seed, trained in a p
 their checkpoints. A variant changes arguments of an algorithm and has a label of its own in the results:
 
     python examples/benchmark/learning.py run --algos softq --set n_value_particles=8 --label softq-8-value-particles
+
+On a cluster, whose machines share the disk, Ray distributes the cells (``ray start --head`` on one machine, ``ray start
+--address=HEAD:6379`` on the others):
+
+    python examples/benchmark/learning.py run --ray auto
 """
 
 import argparse
@@ -20,6 +25,7 @@ import os
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,19 +146,60 @@ def run(args: argparse.Namespace) -> None:
             waiting.append(cell)
 
     failed = 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {pool.submit(train_in_process, cell): cell for cell in waiting}
-        try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                cell, message = futures[future], future.result()
-                failed += not cell.model.exists()
-                print(f"[{done}/{len(waiting)}] {cell}: {message}", flush=True)
-        except KeyboardInterrupt:
-            print("Interrupted: the same command continues", flush=True)
-            # at once, without starting the cells that wait
-            os._exit(130)
+    results = train_on_ray(waiting, args.ray, args.jobs) if args.ray else train_here(waiting, args.jobs or os.cpu_count() or 1)
+    try:
+        for done, (cell, message) in enumerate(results, start=1):
+            failed += not cell.model.exists()
+            print(f"[{done}/{len(waiting)}] {cell}: {message}", flush=True)
+    except KeyboardInterrupt:
+        print("Interrupted: the same command continues", flush=True)
+        # at once, without starting the cells that wait
+        os._exit(130)
     if failed:
         sys.exit(f"{failed} of {len(waiting)} cells failed")
+
+
+def train_here(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
+    """
+    :param cells: What to train
+    :param jobs: Cells at once
+    :return: Cells as they end, and how
+    """
+    # without "with", which would wait for the threads when interrupted
+    pool = ThreadPoolExecutor(jobs)
+    futures = {pool.submit(train_in_process, cell): cell for cell in cells}
+    for future in as_completed(futures):
+        yield futures[future], future.result()
+
+
+def train_on_ray(cells: list[Cell], address: str, jobs: int | None) -> Iterator[tuple[Cell, str]]:
+    """
+    The same on the machines of a Ray cluster, which see this script and the logs under the same path: one task with one CPU
+    per cell. The cell of a machine that is lost continues on another one from its checkpoint.
+
+    :param cells: What to train
+    :param address: Address of the cluster, ``"auto"`` or ``"local"``, see ``ray.init``
+    :param jobs: Cells at once, by default as many as the cluster has room for
+    :return: Cells as they end, and how
+    """
+    try:
+        import ray
+    except ImportError:
+        sys.exit('--ray needs Ray: pip install "sb3-softq[ray]"')
+    ray.init(address=address, log_to_driver=False)
+    train = ray.remote(num_cpus=1, max_retries=-1)(train_in_process)
+    waiting = list(reversed(cells))
+    running: dict[Any, Cell] = {}
+    while waiting or running:
+        while waiting and (jobs is None or len(running) < jobs):
+            cell = waiting.pop()
+            running[train.remote(cell)] = cell
+        (ref,), _ = ray.wait(list(running), num_returns=1)
+        cell = running.pop(ref)
+        try:
+            yield cell, ray.get(ref)
+        except ray.exceptions.RayError as error:
+            yield cell, f"FAILED in Ray: {error}"
 
 
 def make_cell(args: argparse.Namespace, algo: str, env: str, seed: int) -> Cell:
@@ -167,7 +214,8 @@ def make_cell(args: argparse.Namespace, algo: str, env: str, seed: int) -> Cell:
         eval_freq=args.eval_freq or max(args.steps // 20, 1),
         checkpoint_freq=args.checkpoint_freq,
         changes=changes,
-        logs=str(args.logs),
+        # absolute: the processes of a cluster start elsewhere
+        logs=str(args.logs.resolve()),
     )
 
 
@@ -277,7 +325,8 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=positive, default=100_000)
     command.add_argument("--eval-freq", type=positive, help="steps between evaluations (default: steps / 20)")
     command.add_argument("--checkpoint-freq", type=positive, default=25_000, help="steps between checkpoints")
-    command.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="cells at once (default: cores)")
+    command.add_argument("--jobs", type=positive, help="cells at once (default: cores, or what the cluster has room for)")
+    command.add_argument("--ray", metavar="ADDRESS", help="train on a Ray cluster: its address, auto, or local for a new one")
     command.add_argument("--set", nargs="+", type=parse_change, default=[], metavar="NAME=VALUE", help="change arguments")
     command.add_argument("--label", help="name in the results (default: the algorithm and what --set changes)")
     command.add_argument("--logs", type=Path, default=LOGS)

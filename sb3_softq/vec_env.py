@@ -1,0 +1,283 @@
+"""RayVecEnv: a vectorized environment whose environments live on the machines of a Ray cluster."""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
+
+from sb3_softq.checks import check_integer, check_number
+
+try:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+except ImportError as error:
+    raise ImportError('sb3_softq.vec_env needs Ray: pip install "sb3-softq[ray]"') from error
+
+logger = logging.getLogger(__name__)
+
+#: How often starting an actor again is tried
+START_ATTEMPTS = 3
+
+
+class EnvWorker:
+    """A share of the environments, in a process of its own: what it is asked, its :class:`DummyVecEnv` does."""
+
+    def __init__(self, env_fns: list[Callable[[], gym.Env]]):
+        self.envs = DummyVecEnv(env_fns)
+
+    def spaces(self) -> tuple[gym.Space, gym.Space]:
+        return self.envs.observation_space, self.envs.action_space
+
+    def reset(self, seed: int | None, options: list[dict[str, Any]]) -> tuple[VecEnvObs, list[dict[str, Any]]]:
+        if seed is not None:
+            self.envs.seed(seed)
+        self.envs.set_options(options)
+        return self.envs.reset(), self.envs.reset_infos
+
+    def step(self, actions: np.ndarray) -> tuple[VecEnvStepReturn, list[dict[str, Any]]]:
+        return self.envs.step(actions), self.envs.reset_infos
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.envs, method)(*args, **kwargs)
+
+
+class RayVecEnv(VecEnv):
+    """
+    Environments in Ray actors, on one machine or on all machines of a cluster; for any algorithm of Stable-Baselines3.
+
+        make_vec_env("Walker2d-v4", n_envs=16, vec_env_cls=RayVecEnv, vec_env_kwargs=dict(address="auto"))
+
+    An actor steps its share of the environments one after the other (in a ``DummyVecEnv``), and the actors work at the
+    same time. The same seeds give the same trajectories as ``DummyVecEnv``.
+
+    **An actor, or its machine, that dies** is started again where there is room, and the log says so. Its episodes end
+    as truncated: that step returns reward 0, ``done``, ``TimeLimit.truncated`` and ``actor_restarted`` in ``info``, the last
+    observation received as ``terminal_observation``, and the first observation of a new episode. What ``set_attr``
+    changed is set again; what ``env_method`` changed is not.
+
+    :param env_fns: Functions that make the environments, sent to the actors by cloudpickle
+    :param n_actors: Number of actors, which share the environments evenly, from 1 to the number of environments.
+        By default as many as the cluster has CPUs
+    :param address: Address of a Ray cluster, ``"auto"`` for the one that this machine belongs to; by default that of the
+        environment variable ``RAY_ADDRESS`` or else a new one on this machine. Not used where Ray has been initialized
+    :param actor_options: Options of the actors, for example ``{"num_cpus": 1, "resources": {"simulator": 1}}``,
+        see ``ray.actor.ActorClass.options``. By default they spread over the machines
+    :param start_timeout: Seconds that an actor may take to start, a positive number
+    :raises ValueError: if an argument is out of its range
+    :raises TimeoutError: if an actor does not start in time, for example because the cluster has no room for it
+    """
+
+    def __init__(
+        self,
+        env_fns: list[Callable[[], gym.Env]],
+        n_actors: int | None = None,
+        address: str | None = None,
+        actor_options: dict[str, Any] | None = None,
+        start_timeout: float = 300.0,
+    ):
+        if not env_fns:
+            raise ValueError("env_fns=[] is not allowed: expected at least one function that makes an environment")
+        if n_actors is not None:
+            check_integer("n_actors", n_actors, 1, len(env_fns))
+        check_number("start_timeout", start_timeout, 0.0, open_low=True)
+        if not ray.is_initialized():
+            ray.init(address=address, include_dashboard=False if address is None else None)
+        if n_actors is None:
+            n_actors = min(len(env_fns), max(1, int(ray.cluster_resources().get("CPU", 1))))
+
+        self.env_fns = env_fns
+        self.start_timeout = start_timeout
+        self.closed = False
+        #: How often an actor has been started again
+        self.n_restarts = 0
+        # environments of each actor
+        self._shares = np.array_split(np.arange(len(env_fns)), n_actors)
+        self._actor_class = ray.remote(EnvWorker).options(**({"scheduling_strategy": "SPREAD"} | (actor_options or {})))
+        self._actors = [self._start(share) for share in self._shares]
+        # results of the step that is under way
+        self._steps: list[Any] | None = None
+        # per actor, the last observations received, and after its death those of the new episodes
+        self._last_obs: list[Any] = [None] * n_actors
+        self._new_obs: dict[int, Any] = {}
+        self._attributes: dict[tuple[int, str], Any] = {}
+        self._restart_seed: int | None = None
+
+        super().__init__(len(env_fns), *self._wait(self._actors[0].spaces.remote(), self.start_timeout))
+        for actor in self._actors[1:]:
+            self._wait(actor.spaces.remote(), self.start_timeout)
+
+    # ------------------------------------------------------------------ episodes
+
+    def reset(self) -> VecEnvObs:
+        if self._steps is not None:
+            self.step_wait()
+        if self._seeds[0] is not None:
+            self._restart_seed = self._seeds[0]
+        arguments = [(self._seeds[share[0]], [self._options[i] for i in share]) for share in self._shares]
+        refs = [actor.reset.remote(*args) for actor, args in zip(self._actors, arguments, strict=True)]
+        results = [self._get(i, refs[i], "reset", *arguments[i]) for i in range(len(refs))]
+        self._last_obs = [obs for obs, _ in results]
+        self.reset_infos = [info for _, infos in results for info in infos]
+        self._new_obs.clear()
+        # Seeds and options are only used once
+        self._reset_seeds()
+        self._reset_options()
+        return self._join(self._last_obs)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        # an actor that has started again since has an episode to begin, not one to continue
+        self._steps = [
+            None if i in self._new_obs else actor.step.remote(actions[share])
+            for i, (actor, share) in enumerate(zip(self._actors, self._shares, strict=True))
+        ]
+
+    def step_wait(self) -> VecEnvStepReturn:
+        assert self._steps is not None, "step_wait() without step_async()"
+        steps, self._steps = self._steps, None
+        results = []
+        for i, step in enumerate(steps):
+            try:
+                result, reset_infos = self._truncated_step(i) if step is None else self._wait(step)
+            except RayActorError as error:
+                # unless a question asked meanwhile has found it dead
+                if i not in self._new_obs:
+                    self._restart(i, error)
+                result, reset_infos = self._truncated_step(i)
+            results.append(result)
+            self._last_obs[i] = result[0]
+            self.reset_infos[self._shares[i][0] : self._shares[i][-1] + 1] = reset_infos
+        _, rewards, dones, infos = zip(*results, strict=True)
+        return self._join(self._last_obs), np.concatenate(rewards), np.concatenate(dones), [i for part in infos for i in part]
+
+    def _truncated_step(self, i: int) -> tuple[VecEnvStepReturn, list[dict[str, Any]]]:
+        """The step that an actor could not make."""
+        obs, reset_infos = self._new_obs.pop(i)
+        infos: list[dict[str, Any]] = [
+            {"TimeLimit.truncated": True, "actor_restarted": True, "terminal_observation": self._take(self._last_obs[i], j)}
+            for j in range(len(self._shares[i]))
+        ]
+        return (obs, np.zeros(len(infos), dtype=np.float32), np.ones(len(infos), dtype=bool), infos), reset_infos
+
+    @staticmethod
+    def _join(parts: list[Any]) -> VecEnvObs:
+        """Observations of all environments from those of the actors."""
+        if isinstance(parts[0], dict):
+            return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        if isinstance(parts[0], tuple):
+            return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+        return np.concatenate(parts)
+
+    @staticmethod
+    def _take(obs: Any, j: int) -> Any:
+        """Observation of one environment."""
+        if isinstance(obs, dict):
+            return {key: value[j] for key, value in obs.items()}
+        return tuple(value[j] for value in obs) if isinstance(obs, tuple) else obs[j]
+
+    # ------------------------------------------------------------------ actors
+
+    def _start(self, share: np.ndarray) -> Any:
+        return self._actor_class.remote([self.env_fns[i] for i in share])
+
+    def _wait(self, ref: Any, timeout: float | None = None) -> Any:
+        try:
+            return ray.get(ref, timeout=timeout)
+        except GetTimeoutError as error:
+            raise TimeoutError(
+                f"An actor has not started within start_timeout={timeout:g} seconds. "
+                f"Resources of the cluster that are free: {ray.available_resources()}"
+            ) from error
+
+    def _get(self, i: int, ref: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Wait for an answer, and ask again if the actor dies meanwhile."""
+        try:
+            return self._wait(ref)
+        except RayActorError as error:
+            self._restart(i, error)
+            return self._wait(getattr(self._actors[i], method).remote(*args, **kwargs))
+
+    def _restart(self, i: int, error: RayActorError) -> None:
+        """Start an actor anew, and an episode in each of its environments."""
+        self.n_restarts += 1
+        share = self._shares[i]
+        logger.warning(
+            "Actor %d with environments %d to %d died and is started again, its episodes are truncated: %s",
+            *(i, share[0], share[-1], error),
+        )
+        seed = None
+        if self._restart_seed is not None:
+            # not the episodes that the environments have had, nor those of others
+            seed = int(np.random.SeedSequence([self._restart_seed, i, self.n_restarts]).generate_state(1)[0])
+        for attempt in range(1, START_ATTEMPTS + 1):
+            # lost from sight is not always dead
+            ray.kill(self._actors[i])
+            actor = self._actors[i] = self._start(share)
+            try:
+                self._wait(actor.spaces.remote(), self.start_timeout)
+                for (index, name), value in self._attributes.items():
+                    if index in share:
+                        self._wait(actor.call.remote("set_attr", name, value, index - int(share[0])))
+                self._new_obs[i] = self._wait(actor.reset.remote(seed, [{} for _ in share]))
+                return
+            except RayActorError as again:
+                # a machine that dies can be chosen again before its death is known
+                if again.actor_init_failed or attempt == START_ATTEMPTS:
+                    raise
+                time.sleep(attempt)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        # Ray may have been shut down, with all actors
+        if ray.is_initialized():
+            for actor in self._actors:
+                with suppress(RayActorError):
+                    self._wait(actor.call.remote("close"))
+                ray.kill(actor)
+
+    # ------------------------------------------------------------------ questions to the environments
+
+    def _ask(self, indices: VecEnvIndices, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Answers of that method of ``DummyVecEnv``, one per environment."""
+        chosen = [range(self.num_envs)[index] for index in self._get_indices(indices)]
+        calls = []
+        for i, share in enumerate(self._shares):
+            mine = [index for index in chosen if index in share]
+            if mine:
+                here = {"indices": [index - int(share[0]) for index in mine]} | kwargs
+                calls.append((i, mine, here, self._actors[i].call.remote(method, *args, **here)))
+        answers = dict.fromkeys(chosen)
+        for i, mine, here, ref in calls:
+            # set_attr has no answer
+            answers |= dict(zip(mine, self._get(i, ref, "call", method, *args, **here) or [], strict=False))
+        return [answers[index] for index in chosen]
+
+    def has_attr(self, attr_name: str) -> bool:
+        refs = [actor.call.remote("has_attr", attr_name) for actor in self._actors]
+        return all([self._get(i, ref, "call", "has_attr", attr_name) for i, ref in enumerate(refs)])
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        return self._ask(indices, "get_attr", attr_name)
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        self._ask(indices, "set_attr", attr_name, value)
+        self._attributes |= {(range(self.num_envs)[index], attr_name): value for index in self._get_indices(indices)}
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        return self._ask(indices, "env_method", method_name, *method_args, **method_kwargs)
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        return self._ask(indices, "env_is_wrapped", wrapper_class)
+
+    def get_images(self) -> list[np.ndarray | None]:
+        refs = [actor.call.remote("get_images") for actor in self._actors]
+        return [image for i, ref in enumerate(refs) for image in self._get(i, ref, "call", "get_images")]
