@@ -19,8 +19,25 @@ from sb3_softq.zoo.search import convert_softq_params, sample_softq_params
 ENTRIES = {name: yaml.safe_load((HYPERPARAMS / name).read_text()) for name in ("softq.yml", "softq_original.yml")}
 
 
-def zoo(*args, code=0, cwd=None, timeout=600):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONWARNINGS": "ignore"}
+#: An environment whose rewards become NaN
+BROKEN_ENV = """
+import gymnasium as gym
+
+class Broken(gym.Wrapper):
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward if self.steps < 30 else float("nan"), terminated, truncated, info
+
+for env_id in ("Pendulum-v1", "CartPole-v1"):
+    gym.register(f"Broken-{env_id}", lambda env_id=env_id: Broken(gym.make(env_id)))
+"""
+
+
+def zoo(*args, code=0, cwd=None, timeout=600, env=None):
+    env = {**os.environ, **(env or {}), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "sb3_softq.zoo", *map(str, args)]
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=timeout)
     assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
@@ -148,6 +165,31 @@ def test_sampler():
         stored = convert_softq_params(trial.params)
         assert stored == {key: value for key, value in kwargs.items() if key != "target_entropy"}
     assert len(drawn) == 10
+
+
+def test_sampler_for_discrete_actions():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(5):
+        trial = study.ask()
+        kwargs = sample_softq_params(trial, 0, 1, {})
+        model = DiscreteSoftQ("MlpPolicy", "CartPole-v1", learning_starts=4, device="cpu", **kwargs).learn(6)
+        assert model.target_entropy == trial.params["target_entropy"]
+        assert convert_softq_params(trial.params) == kwargs
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
+def test_a_trial_with_nan_is_pruned(env_id, tmp_path):
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(BROKEN_ENV)
+    output = zoo(
+        *("train", "--algo", "softq", "--env", f"Broken-{env_id}", "-n", 60, "-f", tmp_path, "-optimize", "--n-trials", 2),
+        *("--gym-packages", "broken", "--n-evaluations", 1, "--eval-episodes", 1, "--no-optim-plots"),
+        env={"PYTHONPATH": str(tmp_path)},
+        # the RL Zoo ends with an error when there is no trial to recommend
+        code=1,
+    )
+    assert output.count("of environment 0 is not finite at step 30") == 2
+    assert output.count("Trial 0 pruned") == output.count("Trial 1 pruned") == 1
 
 
 def test_search(tmp_path):

@@ -9,10 +9,10 @@ NET_ARCHS = {"small": [64, 64], "medium": [256, 256], "big": [400, 300]}
 
 def sample_softq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    Draw hyper-parameters of SoftQ.
+    Draw hyper-parameters of SoftQ, or of DiscreteSoftQ.
 
     :param trial: Trial of the study
-    :param n_actions: Dimension of the action space
+    :param n_actions: Dimension of the action space, 0 where actions are Discrete
     :param n_envs: Number of environments
     :param additional_args: What the RL Zoo says of HER
     :return: Arguments of the constructor
@@ -20,17 +20,22 @@ def sample_softq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additi
     params: dict[str, Any] = {
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0003, 0.05, log=True),
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
-        "actor_learning_rate_factor": trial.suggest_categorical("actor_learning_rate_factor", [0.3, 1.0, 3.0]),
         "ent_coef_init": trial.suggest_float("ent_coef_init", 0.01, 1.0, log=True),
         "ent_coef_learning_rate": trial.suggest_float("ent_coef_learning_rate", 1e-4, 1e-2, log=True),
-        # in nats per action dimension
-        "target_entropy_per_dim": trial.suggest_float("target_entropy_per_dim", -2.0, 0.0),
         "tau": trial.suggest_float("tau", 0.003, 0.05, log=True),
         "batch_size_pow": trial.suggest_int("batch_size_pow", 6, 9),
+        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
+    }
+    if n_actions == 0:
+        params["target_entropy"] = trial.suggest_float("target_entropy", 0.005, 0.5, log=True)
+        return convert_softq_params(params)
+    params |= {
+        "actor_learning_rate_factor": trial.suggest_categorical("actor_learning_rate_factor", [0.3, 1.0, 3.0]),
+        # in nats per action dimension
+        "target_entropy_per_dim": trial.suggest_float("target_entropy_per_dim", -2.0, 0.0),
         "value_particles_pow": trial.suggest_int("value_particles_pow", 0, 3),
         "actor_particles_pow": trial.suggest_int("actor_particles_pow", 1, 3),
         "log_std_init": trial.suggest_float("log_std_init", -2.5, 0.0),
-        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
         "n_actions": n_actions,
     }
     # for those who load a trial, which holds only what was suggested
@@ -43,22 +48,23 @@ def convert_softq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :param sampled_params: As suggested to a trial
     :return: Arguments of the constructor
     """
-    params = sampled_params.copy()
-    learning_rate = params["learning_rate"]
-    result = {
+    params = sampled_params
+    learning_rate, net_arch = params["learning_rate"], NET_ARCHS[params["net_arch"]]
+    result: dict[str, Any] = {
         "learning_rate": learning_rate,
-        "actor_learning_rate": learning_rate * params["actor_learning_rate_factor"],
         "ent_coef": f"auto_{params['ent_coef_init']:.6g}",
         "ent_coef_learning_rate": params["ent_coef_learning_rate"],
         "gamma": 1 - params["one_minus_gamma"],
         "tau": params["tau"],
         "batch_size": 2 ** params["batch_size_pow"],
+    }
+    if "target_entropy" in params:
+        return result | {"target_entropy": params["target_entropy"], "policy_kwargs": {"net_arch": net_arch}}
+    result |= {
+        "actor_learning_rate": learning_rate * params["actor_learning_rate_factor"],
         "n_value_particles": 2 ** params["value_particles_pow"],
         "n_actor_particles": 2 ** params["actor_particles_pow"],
-        "policy_kwargs": {
-            "net_arch": {"pi": NET_ARCHS[params["net_arch"]][:1], "qf": NET_ARCHS[params["net_arch"]]},
-            "log_std_init": params["log_std_init"],
-        },
+        "policy_kwargs": {"net_arch": {"pi": net_arch[:1], "qf": net_arch}, "log_std_init": params["log_std_init"]},
     }
     if "n_actions" in params:
         result["target_entropy"] = params["target_entropy_per_dim"] * params["n_actions"]

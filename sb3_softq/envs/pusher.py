@@ -1,0 +1,95 @@
+"""Pusher2D: a three-joint arm slides a puck over a table."""
+
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.mujoco import MujocoEnv
+from numpy.typing import NDArray
+
+from sb3_softq.checks import check_number
+
+TABLE = 1.5
+PUCK_START = np.array([-0.55, -0.55])
+# Angles that put the fingertip beyond the puck, seen from the goals at -1
+ARM_START = np.array([0.5 * np.pi, 1.7, 0.9])
+
+
+class Pusher2DEnv(MujocoEnv):
+    """
+    A three-joint arm slides a puck to where ``goal_x`` and ``goal_y`` say; a coordinate that is None is free, as for the
+    skills composed in https://arxiv.org/abs/1803.06773. The reward is
+
+        r = -|puck - goal| - 0.5 |fingertip - puck| - 0.05 |a|^2,
+
+    the first distance over the coordinates that are given. Registered as ``sb3_softq/Pusher2D-v0`` with 100 steps of 0.05
+    seconds; nothing ends an episode early. Action: torques of shoulder, elbow and wrist in [-1, 1]. Observation, shape (15,):
+    cosines and sines of the joints' angles, their velocities, then fingertip, puck and velocity of the puck, x and y of each.
+    ``info``: ``distance``, of the puck to the goal.
+
+    :param goal_x: Goal of the puck's x in metres, between -1.5 and 1.5, or None
+    :param goal_y: Goal of the puck's y, likewise
+    :param start_noise: Half the width of the square in which the puck starts, in metres, from 0 to 0.3
+    :param kwargs: Of ``MujocoEnv``, for example ``render_mode``
+    :raises ValueError: if both goals are None, or a goal is not on the table
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"], "render_fps": 20}  # noqa: RUF012
+
+    def __init__(self, goal_x: float | None = None, goal_y: float | None = None, start_noise: float = 0.1, **kwargs: Any):
+        if goal_x is None and goal_y is None:
+            raise ValueError("goal_x=None and goal_y=None is not allowed: give at least one coordinate")
+        for name, value in (("goal_x", goal_x), ("goal_y", goal_y)):
+            if value is not None:
+                check_number(name, value, -TABLE, TABLE)
+        check_number("start_noise", start_noise, 0.0, 0.3)
+        self.goal_x, self.goal_y, self.start_noise = goal_x, goal_y, start_noise
+        super().__init__(
+            str(Path(__file__).parent / "assets" / "pusher2d.xml"),
+            frame_skip=5,
+            observation_space=spaces.Box(-np.inf, np.inf, (15,), dtype=np.float64),
+            camera_name="above",
+            **kwargs,
+        )
+
+    @property
+    def fingertip(self) -> NDArray[np.float64]:
+        """Position of the fingertip, shape (2,)."""
+        return self.data.site("fingertip").xpos[:2].copy()
+
+    @property
+    def puck(self) -> NDArray[np.float64]:
+        """Position of the puck, shape (2,)."""
+        return self.data.qpos[3:].copy()
+
+    def arm(self) -> NDArray[np.float64]:
+        """
+        :return: Positions of shoulder, elbow, wrist and fingertip, shape (4, 2)
+        """
+        joints = [self.data.body(name).xpos[:2] for name in ("upper_arm", "forearm", "hand")]
+        return np.stack([*joints, self.fingertip])
+
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float64], np.float64, bool, bool, dict[str, np.float64]]:
+        action = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
+        self.do_simulation(action, self.frame_skip)
+        # positions of the links belong to the state before the last step of MuJoCo
+        mujoco.mj_kinematics(self.model, self.data)
+        offsets = [x - goal for x, goal in zip(self.puck, (self.goal_x, self.goal_y), strict=True) if goal is not None]
+        distance = np.float64(np.linalg.norm(offsets))
+        reach = np.linalg.norm(self.fingertip - self.puck)
+        reward = np.float64(-distance - 0.5 * reach - 0.05 * np.square(action).sum())
+        if self.render_mode == "human":
+            self.render()
+        return self._observation(), reward, False, False, {"distance": distance}
+
+    def reset_model(self) -> NDArray[np.float64]:
+        arm = ARM_START + self.np_random.uniform(-0.1, 0.1, size=3)
+        puck = PUCK_START + self.np_random.uniform(-self.start_noise, self.start_noise, size=2)
+        self.set_state(np.concatenate([arm, puck]), np.zeros(5))
+        return self._observation()
+
+    def _observation(self) -> NDArray[np.float64]:
+        angles, velocities = self.data.qpos[:3], self.data.qvel
+        return np.concatenate([np.cos(angles), np.sin(angles), velocities[:3], self.fingertip, self.puck, velocities[3:]])
