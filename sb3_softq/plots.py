@@ -8,6 +8,7 @@ from gymnasium import spaces
 
 from sb3_softq.checks import check_type
 from sb3_softq.envs.multi_goal import SIZE, MultiGoalEnv
+from sb3_softq.envs.pusher import Pusher2DEnv
 from sb3_softq.softq import SoftQ
 
 if TYPE_CHECKING:
@@ -107,3 +108,28 @@ def plot_level_curves(
     samples = model.sample_actions(obs, n_samples).reshape(n_samples, -1)
     axes.plot(samples[:, first], samples[:, second], ".", color="tab:red", markersize=3, alpha=0.6)
     axes.set(xlim=(low[first], high[first]), ylim=(low[second], high[second]))
+
+
+def draw_pusher(axes: "Axes", env: Pusher2DEnv, pucks: np.ndarray, arms: np.ndarray) -> None:
+    """
+    The way of the puck, seen from above, with the arm at the beginning (grey) and at the end, and the goal: a point, or the line
+    of all points that have the coordinate that is given.
+
+    :param axes: Where to draw
+    :param env: Has the goal
+    :param pucks: Positions of the puck, shape (n_steps, 2)
+    :param arms: Positions of the joints and the fingertip, shape (n_steps, 4, 2)
+    """
+    from matplotlib.patches import Circle
+
+    if env.goal_x is not None and env.goal_y is not None:
+        axes.plot(env.goal_x, env.goal_y, "*", color="tab:green", markersize=16, zorder=1)
+    elif env.goal_x is not None:
+        axes.axvline(env.goal_x, color="tab:green", linestyle="--", zorder=1)
+    elif env.goal_y is not None:
+        axes.axhline(env.goal_y, color="tab:green", linestyle="--", zorder=1)
+    for i, colour, alpha in ((0, "0.6", 0.5), (-1, "tab:blue", 0.8)):
+        axes.plot(*arms[i].T, "o-", color=colour, alpha=alpha, linewidth=4, markersize=5, solid_capstyle="round", zorder=2)
+        axes.add_patch(Circle((pucks[i][0], pucks[i][1]), 0.12, color="tab:red", alpha=alpha, zorder=3))
+    axes.plot(*pucks.T, color="tab:red", linewidth=1.5, zorder=4)
+    axes.set(xlim=(-1.7, 0.9), ylim=(-1.7, 0.9), aspect="equal")
