@@ -62,7 +62,9 @@ def measure(kinds: dict[str, Callable[..., VecEnv]], args: argparse.Namespace, r
             for kind, values in speeds.items():
                 step = "10 ms" if slow else "cheap"
                 rows.append(dict(step=step, n_envs=n_envs, kind=kind, steps_per_second=round(float(np.median(values)))))
-                print("{step:>6}{n_envs:>4} environments {kind:<26}{steps_per_second:>8} steps/s".format(**rows[-1]), flush=True)
+                print(
+                    "{step:>6}{n_envs:>4} environments {kind:<26}{steps_per_second:>8} steps/s".format(**rows[-1]), flush=True
+                )
 
 
 def main() -> None:
