@@ -112,8 +112,8 @@ def plot_level_curves(
 
 def draw_pusher(axes: "Axes", env: Pusher2DEnv, pucks: np.ndarray, arms: np.ndarray) -> None:
     """
-    The way of the puck, seen from above, with the arm at the beginning (grey) and at the end, and the goal: a point, or the line
-    of all points that have the coordinate that is given.
+    The way of the puck, seen from above, with the arm at the beginning (grey) and at the end, and the goal: a point, or the
+    line of all points that have the coordinate that is given.
 
     :param axes: Where to draw
     :param env: Has the goal

@@ -7,6 +7,7 @@ from gymnasium.utils.env_checker import check_env
 
 import sb3_softq  # noqa: F401
 from sb3_softq.envs import Pusher2DEnv
+from sb3_softq.plots import draw_pusher, figure_to_array, new_figure
 
 
 @pytest.mark.parametrize("goal", [(-1.0, None), (None, -1.0), (-1.0, -1.0)])
@@ -64,6 +65,25 @@ def test_the_puck_stays_on_the_table():
     for _ in range(50):
         env.step(np.zeros(3))
     assert (np.abs(env.puck) < 1.7).all()
+
+
+@pytest.mark.parametrize("goal", [(-1.0, None), (None, -1.0), (-1.0, -1.0)])
+def test_drawing(goal):
+    env = Pusher2DEnv(*goal)
+    env.reset(seed=0)
+    pucks, arms = [env.puck], [env.arm()]
+    for _ in range(5):
+        env.step(np.ones(3))
+        pucks.append(env.puck + 0.3)
+        arms.append(env.arm())
+    figure, axes = new_figure(4.0, 4.0)
+    empty = figure_to_array(figure)
+    draw_pusher(axes, env, np.stack(pucks), np.stack(arms))
+    drawn = figure_to_array(figure)
+    assert (drawn != empty).any(axis=2).mean() > 0.02
+    # the puck, its way and the goal in their colours
+    red, green = np.array([214, 39, 40]), np.array([44, 160, 44])
+    assert all((np.abs(drawn - colour.astype(float)).max(axis=2) < 40).any() for colour in (red, green))
 
 
 def test_seeds():

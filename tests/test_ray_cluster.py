@@ -14,6 +14,8 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from sb3_softq.vec_env import RayVecEnv  # noqa: E402
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture
 def cluster(monkeypatch):

@@ -20,6 +20,8 @@ from sb3_softq import SoftQ
 ray = pytest.importorskip("ray")
 from sb3_softq.vec_env import RayVecEnv  # noqa: E402
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():

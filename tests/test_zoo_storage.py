@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 N_TRIALS = 5
+pytestmark = pytest.mark.cluster
 
 
 def program(name):
