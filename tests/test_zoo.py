@@ -143,7 +143,9 @@ def test_entries_are_of_known_environments_and_arguments(file):
     for env_id, entry in ENTRIES[file].items():
         if env_id != "default" and not env_id.startswith("PointMaze"):
             gym.spec(env_id)
-        arguments = {k: v for k, v in entry.items() if k not in ("n_timesteps", "env_wrapper", "frame_stack")}
+        arguments = {
+            k: v for k, v in entry.items() if k not in ("n_timesteps", "env_wrapper", "frame_stack", "noise_type", "noise_std")
+        }
         if isinstance(arguments.get("replay_buffer_kwargs"), str) or arguments["policy"] != "MlpPolicy":
             continue
         if isinstance(arguments.get("policy_kwargs"), str):
