@@ -8,12 +8,13 @@ from gymnasium import spaces
 
 from sb3_softq.checks import check_type
 from sb3_softq.envs.multi_goal import SIZE, MultiGoalEnv
-from sb3_softq.envs.pusher import Pusher2DEnv
 from sb3_softq.softq import SoftQ
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from sb3_softq.envs.pusher import Pusher2DEnv
 
 # Of goals and their rollouts
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
@@ -110,7 +111,7 @@ def plot_level_curves(
     axes.set(xlim=(low[first], high[first]), ylim=(low[second], high[second]))
 
 
-def draw_pusher(axes: "Axes", env: Pusher2DEnv, pucks: np.ndarray, arms: np.ndarray) -> None:
+def draw_pusher(axes: "Axes", env: "Pusher2DEnv", pucks: np.ndarray, arms: np.ndarray) -> None:
     """
     The way of the puck, seen from above, with the arm at the beginning (grey) and at the end, and the goal: a point, or the
     line of all points that have the coordinate that is given.

@@ -6,7 +6,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import sb3_softq  # noqa: F401
-from sb3_softq.envs import Pusher2DEnv
+from sb3_softq.envs.pusher import Pusher2DEnv
 from sb3_softq.plots import draw_pusher, figure_to_array, new_figure
 
 

@@ -3,9 +3,9 @@
 from gymnasium.envs.registration import register
 
 from sb3_softq.envs.multi_goal import MultiGoalEnv
-from sb3_softq.envs.pusher import Pusher2DEnv
 
 register(id="sb3_softq/MultiGoal-v0", entry_point="sb3_softq.envs.multi_goal:MultiGoalEnv", max_episode_steps=30)
+# not imported here: MuJoCo cannot be imported where the OpenGL of MUJOCO_GL is missing, and few need it
 register(id="sb3_softq/Pusher2D-v0", entry_point="sb3_softq.envs.pusher:Pusher2DEnv", max_episode_steps=100)
 
-__all__ = ["MultiGoalEnv", "Pusher2DEnv"]
+__all__ = ["MultiGoalEnv"]
