@@ -1,6 +1,7 @@
 """What soft Q-learning needs for any action space: the temperature, the target networks, the checks and the log."""
 
 import math
+from abc import abstractmethod
 from collections import defaultdict
 from os import PathLike
 from typing import Any, TypeVar
@@ -96,22 +97,23 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
     # ------------------------------------------------------------------ what differs between action spaces
 
     @staticmethod
+    @abstractmethod
     def _check_action_space(space: spaces.Space) -> None:
         """Raise a ValueError if the algorithm cannot act in this space."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _auto_target_entropy(self) -> float:
         """Target of the entropy for ``target_entropy="auto"``, in nats."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _optimizers(self) -> list[th.optim.Optimizer]:
         """Those that follow ``learning_rate``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _create_aliases(self) -> None:
         """Set ``critic`` and ``critic_target``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _update_networks(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """
         One step of critics and actor.
@@ -120,7 +122,6 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         :param ent_coef: Temperature, shape (1,)
         :return: Scalars for the log; with ``"entropy"`` among them the temperature makes a step too
         """
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ construction
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -42,11 +43,11 @@ class OneStep(gym.Env):
         return self.observation, self.reward, True, False, {}
 
 
-def make(env=None, **kwargs):
+def make(env=None, algorithm=SoftQ, **kwargs):
     arguments: dict[str, Any] = {"learning_starts": 4, "batch_size": 4, "buffer_size": 50, "device": "cpu"}
     arguments |= kwargs
     arguments.setdefault("policy_kwargs", {"net_arch": [4]})
-    return SoftQ("MlpPolicy", env or OneStep(), **arguments)
+    return algorithm("MlpPolicy", env or OneStep(), **arguments)
 
 
 def refused(name, value, **kwargs):
@@ -340,8 +341,10 @@ WRONG_TYPES: dict[str, list[Any]] = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values])
 def test_wrong_types(name, value):
     if name == "device" and value == "cuda:99" and not th.cuda.is_available():
-        pytest.skip("without CUDA, SB3 falls back to the CPU")
-    refused(name, value)
+        # SB3's rule for every CUDA device where there is none
+        assert make(device=value).device == th.device("cpu")
+    else:
+        refused(name, value)
 
 
 @pytest.mark.parametrize("env", [3, OneStep, ["Pendulum-v1"]])
@@ -454,15 +457,13 @@ ARGUMENTS = {
 }
 
 
-@settings(deadline=None, max_examples=150)
-@given(
-    st.one_of(
-        # one argument at a time, so that not every example is refused for the sake of another
-        *[st.fixed_dictionaries({name: values}) for name, values in ARGUMENTS.items()],
-        st.fixed_dictionaries({}, optional=ARGUMENTS),
-    )
-)
-def test_a_working_agent_or_a_value_error(kwargs):
+def some_of(arguments):
+    """One argument at a time, so that not every example is refused for the sake of another, or several."""
+    one = [st.fixed_dictionaries({name: values}) for name, values in arguments.items()]
+    return st.one_of(*one, st.fixed_dictionaries({}, optional=arguments))
+
+
+def works_or_is_refused(make, kwargs, *more_names):
     message = ""
     try:
         model = make(**kwargs)
@@ -470,7 +471,7 @@ def test_a_working_agent_or_a_value_error(kwargs):
         message = str(error)
     if message:
         # it names one of the arguments given
-        assert any(name in message for name in (*kwargs, "n_critics", "log_std_init", "smoothing", "head_arch"))
+        assert any(name in message for name in (*kwargs, *more_names))
         return
     assert np.isfinite(model.predict(np.zeros(1, dtype=np.float32), deterministic=True)[0]).all()
     try:
@@ -479,6 +480,12 @@ def test_a_working_agent_or_a_value_error(kwargs):
         message = str(error)
     # extreme values, which no check can tell from daring ones, stop with a word of advice
     assert "training stopped" in message if message else model.num_timesteps >= 12
+
+
+@settings(deadline=None, max_examples=150)
+@given(some_of(ARGUMENTS))
+def test_a_working_agent_or_a_value_error(kwargs):
+    works_or_is_refused(make, kwargs, "n_critics", "log_std_init", "smoothing", "head_arch")
 
 
 DISCRETE_ARGUMENTS = {
@@ -494,27 +501,9 @@ class OneStepDiscrete(OneStep):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.one_of(
-        *[st.fixed_dictionaries({name: values}) for name, values in DISCRETE_ARGUMENTS.items()],
-        st.fixed_dictionaries({}, optional=DISCRETE_ARGUMENTS),
-    )
-)
+@given(some_of(DISCRETE_ARGUMENTS))
 def test_a_working_discrete_agent_or_a_value_error(kwargs):
-    message = ""
-    arguments = dict(learning_starts=4, batch_size=4, buffer_size=50, policy_kwargs=dict(net_arch=[4]), device="cpu")
-    try:
-        model = DiscreteSoftQ("MlpPolicy", OneStepDiscrete(), **(arguments | kwargs))
-    except ValueError as error:
-        message = str(error)
-    if message:
-        assert any(name in message for name in kwargs)
-        return
-    try:
-        model.learn(12)
-    except ValueError as error:
-        message = str(error)
-    assert "training stopped" in message if message else model.num_timesteps >= 12
+    works_or_is_refused(partial(make, OneStepDiscrete(), DiscreteSoftQ), kwargs)
 
 
 finite = st.floats(-100, 100, width=32)

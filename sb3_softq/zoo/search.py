@@ -48,24 +48,23 @@ def convert_softq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :param sampled_params: As suggested to a trial
     :return: Arguments of the constructor
     """
-    params = sampled_params
-    learning_rate, net_arch = params["learning_rate"], NET_ARCHS[params["net_arch"]]
+    learning_rate, net_arch = sampled_params["learning_rate"], NET_ARCHS[sampled_params["net_arch"]]
     result: dict[str, Any] = {
         "learning_rate": learning_rate,
-        "ent_coef": f"auto_{params['ent_coef_init']:.6g}",
-        "ent_coef_learning_rate": params["ent_coef_learning_rate"],
-        "gamma": 1 - params["one_minus_gamma"],
-        "tau": params["tau"],
-        "batch_size": 2 ** params["batch_size_pow"],
+        "ent_coef": f"auto_{sampled_params['ent_coef_init']:.6g}",
+        "ent_coef_learning_rate": sampled_params["ent_coef_learning_rate"],
+        "gamma": 1 - sampled_params["one_minus_gamma"],
+        "tau": sampled_params["tau"],
+        "batch_size": 2 ** sampled_params["batch_size_pow"],
     }
-    if "target_entropy" in params:
-        return result | {"target_entropy": params["target_entropy"], "policy_kwargs": {"net_arch": net_arch}}
+    if "target_entropy" in sampled_params:
+        return result | {"target_entropy": sampled_params["target_entropy"], "policy_kwargs": {"net_arch": net_arch}}
     result |= {
-        "actor_learning_rate": learning_rate * params["actor_learning_rate_factor"],
-        "n_value_particles": 2 ** params["value_particles_pow"],
-        "n_actor_particles": 2 ** params["actor_particles_pow"],
-        "policy_kwargs": {"net_arch": {"pi": net_arch[:1], "qf": net_arch}, "log_std_init": params["log_std_init"]},
+        "actor_learning_rate": learning_rate * sampled_params["actor_learning_rate_factor"],
+        "n_value_particles": 2 ** sampled_params["value_particles_pow"],
+        "n_actor_particles": 2 ** sampled_params["actor_particles_pow"],
+        "policy_kwargs": {"net_arch": {"pi": net_arch[:1], "qf": net_arch}, "log_std_init": sampled_params["log_std_init"]},
     }
-    if "n_actions" in params:
-        result["target_entropy"] = params["target_entropy_per_dim"] * params["n_actions"]
+    if "n_actions" in sampled_params:
+        result["target_entropy"] = sampled_params["target_entropy_per_dim"] * sampled_params["n_actions"]
     return result
