@@ -1,10 +1,11 @@
 """
 Two agents, composed without new data: one knows the goals right and up, the other right and down; together they go right.
 
-    python examples/composition.py        # examples/results/composition.png
+    python examples/composition.py        # examples/results/composition.png, composition.csv
 """
 
 import argparse
+import csv
 from pathlib import Path
 
 import gymnasium as gym
@@ -29,25 +30,36 @@ def train(goals: list[tuple[float, float]], steps: int, seed: int) -> SoftQ:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the figure shows the first")
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
-
-    up, down = (train([RIGHT, goal], args.steps, args.seed) for goal in (UP, DOWN))
-    both = compose([up, down], gradient_steps=max(args.steps // 3, 1))
-
-    figure, axes = new_figure(12.0, 4.2, n_columns=3)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     env = MultiGoalEnv([RIGHT, UP, DOWN])
-    for ax, (name, agent) in zip(axes, {"right or up": up, "right or down": down, "composed": both}.items(), strict=True):
-        paths, goals = roll_out(agent, env, 100)
-        shares = [float(np.mean(goals == i)) for i in range(3)]
-        print(f"{name}: right {shares[0]:.0%}, up {shares[1]:.0%}, down {shares[2]:.0%} of 100 rollouts")
-        draw_multi_goal(ax, env, paths[:50], alpha=0.6)
+    with args.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["seed", "agent", "right", "up", "down"])
+        for seed in args.seeds:
+            up, down = (train([RIGHT, goal], args.steps, seed) for goal in (UP, DOWN))
+            both = compose([up, down], gradient_steps=max(args.steps // 3, 1))
+            agents = {"right or up": up, "right or down": down, "composed": both}
+            rollouts = {name: roll_out(agent, env, 100) for name, agent in agents.items()}
+            for name, (_, goals) in rollouts.items():
+                shares = [float(np.mean(goals == i)) for i in range(3)]
+                print(f"seed {seed}, {name}: right {shares[0]:.0%}, up {shares[1]:.0%}, down {shares[2]:.0%} of 100 rollouts")
+                writer.writerow([seed, name, *shares])
+            file.flush()
+            if seed == args.seeds[0]:
+                draw(env, {name: paths for name, (paths, _) in rollouts.items()}, args.out)
+    print(args.out)
+
+
+def draw(env: MultiGoalEnv, paths: dict[str, list[np.ndarray]], out: Path) -> None:
+    figure, axes = new_figure(12.0, 4.2, n_columns=3)
+    for ax, (name, some) in zip(axes, paths.items(), strict=True):
+        draw_multi_goal(ax, env, some[:50], alpha=0.6)
         ax.set_title(name)
     figure.tight_layout()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out)
-    print(args.out)
+    figure.savefig(out)
 
 
 if __name__ == "__main__":

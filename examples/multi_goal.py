@@ -1,12 +1,13 @@
 """
 Four goals, all equally good: SoftQ goes to all of them, SAC at the same temperature to fewer.
 
-    python examples/multi_goal.py         # examples/results/multi_goal.png
+    python examples/multi_goal.py         # examples/results/multi_goal.png, multi_goal.csv
 
 ``--frames FOLDER`` also saves frames and an animation of SoftQ's training.
 """
 
 import argparse
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def goal_counts(model: BaseAlgorithm, env: MultiGoalEnv, n_rollouts: int = 200) 
     return np.bincount(goals[goals >= 0], minlength=len(env.goals))
 
 
-def draw(model: BaseAlgorithm) -> Any:
+def draw_rollouts(model: BaseAlgorithm) -> Any:
     """Rollouts from the centre, as a figure."""
     figure, axes = new_figure(4.0, 4.0)
     env = MultiGoalEnv()
@@ -45,35 +46,53 @@ def draw(model: BaseAlgorithm) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure")
-    parser.add_argument("--frames", type=Path, help="folder for frames and an animation")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the figure shows the first")
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
+    parser.add_argument("--frames", type=Path, help="folder for frames and an animation of the first seed")
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["seed", "algo", "right", "left", "up", "down", "success_with_wall"])
+        for seed in args.seeds:
+            first = seed == args.seeds[0]
+            callback = PlotCallback(draw_rollouts, args.frames, max(args.steps // 20, 1)) if first and args.frames else None
+            softq = SoftQ("MlpPolicy", ENV, **SETTINGS, seed=seed, device="cpu").learn(args.steps, callback)
+            sac = SAC("MlpPolicy", ENV, **SETTINGS, seed=seed, device="cpu").learn(args.steps)
+            for name, model in (("SoftQ", softq), ("SAC", sac)):
+                counts = goal_counts(model, MultiGoalEnv())
+                success = goal_counts(model, behind_wall(counts)).sum() / 200
+                print(
+                    f"seed {seed}, {name}: goals of 200 rollouts {counts.tolist()}, {success:.0%} with a wall before the first"
+                )
+                writer.writerow([seed, name, *counts, success])
+            file.flush()
+            if first:
+                draw(softq, sac, args.out)
+    print(args.out)
 
-    callback = PlotCallback(draw, args.frames, max(args.steps // 20, 1)) if args.frames else None
-    softq = SoftQ("MlpPolicy", ENV, **SETTINGS, seed=args.seed, device="cpu").learn(args.steps, callback)
-    sac = SAC("MlpPolicy", ENV, **SETTINGS, seed=args.seed, device="cpu").learn(args.steps)
 
+def behind_wall(counts: np.ndarray) -> MultiGoalEnv:
+    """A wall before the favourite goal, which was not there in training."""
+    return MultiGoalEnv(obstacles=[WALLS[int(counts.argmax())]])
+
+
+def draw(softq: SoftQ, sac: SAC, out: Path) -> None:
     figure, axes = new_figure(12.0, 8.0, n_rows=2, n_columns=3)
-    for column, (name, model) in enumerate((("SoftQ", softq), ("SAC", sac))):
-        env = MultiGoalEnv()
-        counts = goal_counts(model, env)
-        blocked = MultiGoalEnv(obstacles=[WALLS[int(counts.argmax())]])
-        success = goal_counts(model, blocked).sum() / 200
-        print(f"{name}: goals of 200 rollouts {counts.tolist()}, with a wall before the favourite {success:.0%} succeed")
-        draw_multi_goal(axes[0, column], env, roll_out(model, env, 60)[0], alpha=0.6)
-        axes[0, column].set_title(f"{name}: rollouts from the centre", fontsize=10)
-        if name == "SoftQ":
-            draw_multi_goal(axes[0, 2], blocked, roll_out(model, blocked, 60)[0], alpha=0.6)
-            axes[0, 2].set_title("SoftQ: a wall that was not there in training", fontsize=10)
+    env = MultiGoalEnv()
+    for ax, title, model, where in (
+        (axes[0, 0], "SoftQ: rollouts from the centre", softq, env),
+        (axes[0, 1], "SAC: rollouts from the centre", sac, env),
+        (axes[0, 2], "SoftQ: a wall that was not there in training", softq, behind_wall(goal_counts(softq, env))),
+    ):
+        draw_multi_goal(ax, where, roll_out(model, where, 60)[0], alpha=0.6)
+        ax.set_title(title, fontsize=10)
     for ax, state in zip(axes[1], STATES, strict=True):
         plot_level_curves(ax, softq, np.array(state, dtype=np.float32))
         ax.set_title(f"Q(s, ·) at s = {state}, samples of the policy", fontsize=10)
         ax.set(xlabel="action x", ylabel="action y")
     figure.tight_layout()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out)
-    print(args.out)
+    figure.savefig(out)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ def test_export_onnx(tmp_path):
 def test_multi_goal(tmp_path):
     output = example("multi_goal.py", "--steps", 150, "--out", tmp_path / "figure.png", "--frames", tmp_path / "frames")
     assert output.count("goals of 200 rollouts") == 2
+    assert len((tmp_path / "figure.csv").read_text().splitlines()) == 3
     assert image.imread(tmp_path / "figure.png").shape[:2] == (800, 1200)
     assert len(imageio.mimread(tmp_path / "frames" / "animation.gif")) == 21
 
@@ -130,4 +131,24 @@ def test_multi_goal(tmp_path):
 def test_composition(tmp_path):
     output = example("composition.py", "--steps", 150, "--out", tmp_path / "figure.png")
     assert output.count("of 100 rollouts") == 3
+    assert len((tmp_path / "figure.csv").read_text().splitlines()) == 4
+    assert image.imread(tmp_path / "figure.png").std() > 0.01
+
+
+def test_pusher(tmp_path):
+    output = example("pusher.py", "--steps", 150, "--out", tmp_path / "figure.png")
+    assert output.count("m from (-1, -1)") == 4
+    rows = (tmp_path / "figure.csv").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows[1:]] == ["x = -1", "y = -1", "composed", "from scratch"]
+    assert image.imread(tmp_path / "figure.png").std() > 0.01
+
+
+def test_robustness(tmp_path):
+    task = ("--env", "InvertedPendulum-v5", "--body", "pole", "--threshold", 1, "--forces", 0, 50)
+    output = example("robustness.py", *task, "--steps", 1000, "--seeds", 0, "--out", tmp_path / "figure.png")
+    assert output.count("1000 steps: ") == 2
+    rows = [row.split(",") for row in (tmp_path / "figure.csv").read_text().splitlines()]
+    assert [row[1] for row in rows] == ["algo", "SoftQ", "SAC"]
+    # nobody stands against 50 newtons
+    assert all(float(row[-1]) < 30 for row in rows[1:])
     assert image.imread(tmp_path / "figure.png").std() > 0.01

@@ -327,7 +327,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint-freq", type=positive, default=25_000, help="steps between checkpoints")
     command.add_argument("--jobs", type=positive, help="cells at once (default: cores, or what the cluster has room for)")
     command.add_argument("--ray", metavar="ADDRESS", help="train on a Ray cluster: its address, auto, or local for a new one")
-    command.add_argument("--set", nargs="+", type=parse_change, default=[], metavar="NAME=VALUE", help="change arguments")
+    command.add_argument(
+        "--set", nargs="+", action="extend", type=parse_change, default=[], metavar="NAME=VALUE", help="change arguments"
+    )
     command.add_argument("--label", help="name in the results (default: the algorithm and what --set changes)")
     command.add_argument("--logs", type=Path, default=LOGS)
 

@@ -13,8 +13,8 @@ from sb3_softq.checks import check_number
 
 TABLE = 1.5
 PUCK_START = np.array([-0.55, -0.55])
-# Angles that put the fingertip beyond the puck, seen from the goals at -1
-ARM_START = np.array([0.5 * np.pi, 1.7, 0.9])
+# Angles that put the fingertip beyond the puck, seen from the goals at -1, and near enough for random torques to touch it
+ARM_START = np.array([1.60, 2.45, 1.01])
 
 
 class Pusher2DEnv(MujocoEnv):
@@ -24,7 +24,7 @@ class Pusher2DEnv(MujocoEnv):
 
         r = -|puck - goal| - 0.5 |fingertip - puck| - 0.05 |a|^2,
 
-    the first distance over the coordinates that are given. Registered as ``sb3_softq/Pusher2D-v0`` with 100 steps of 0.05
+    the first distance over the coordinates that are given. Registered as ``sb3_softq/Pusher2D-v0`` with 60 steps of 0.1
     seconds; nothing ends an episode early. Action: torques of shoulder, elbow and wrist in [-1, 1]. Observation, shape (15,):
     cosines and sines of the joints' angles, their velocities, then fingertip, puck and velocity of the puck, x and y of each.
     ``info``: ``distance``, of the puck to the goal.
@@ -36,7 +36,7 @@ class Pusher2DEnv(MujocoEnv):
     :raises ValueError: if both goals are None, or a goal is not on the table
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"], "render_fps": 20}  # noqa: RUF012
+    metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(self, goal_x: float | None = None, goal_y: float | None = None, start_noise: float = 0.1, **kwargs: Any):
         if goal_x is None and goal_y is None:
@@ -48,7 +48,7 @@ class Pusher2DEnv(MujocoEnv):
         self.goal_x, self.goal_y, self.start_noise = goal_x, goal_y, start_noise
         super().__init__(
             str(Path(__file__).parent / "assets" / "pusher2d.xml"),
-            frame_skip=5,
+            frame_skip=10,
             observation_space=spaces.Box(-np.inf, np.inf, (15,), dtype=np.float64),
             camera_name="above",
             **kwargs,

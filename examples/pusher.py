@@ -1,0 +1,87 @@
+"""
+Composed skills: one agent slides a puck to x = -1, another to y = -1, and their sum, without new data, to (-1, -1).
+
+    python examples/pusher.py             # examples/results/pusher.png, pusher.csv
+"""
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from sb3_softq import SoftQ
+from sb3_softq.composition import compose
+from sb3_softq.envs.pusher import Pusher2DEnv
+from sb3_softq.plots import draw_pusher, new_figure
+
+OUT = Path(__file__).parent / "results" / "pusher.png"
+SETTINGS: dict[str, Any] = dict(
+    ent_coef=0.02, learning_rate=1e-3, batch_size=128, gamma=0.98, policy_kwargs=dict(net_arch=[128, 128])
+)
+GOALS = {"x = -1": (-1.0, None), "y = -1": (None, -1.0), "both": (-1.0, -1.0)}
+EPISODES, LENGTH = 50, 60
+
+
+def train(steps: int, seed: int, goal: tuple[float | None, float | None]) -> SoftQ:
+    env = gym.make("sb3_softq/Pusher2D-v0", goal_x=goal[0], goal_y=goal[1])
+    return SoftQ("MlpPolicy", env, **SETTINGS, buffer_size=steps, seed=seed, device="cpu").learn(steps)
+
+
+def roll_out(agent: SoftQ, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :return: Positions of the puck, shape (LENGTH + 1, 2), and of the arm, shape (LENGTH + 1, 4, 2)
+    """
+    env = Pusher2DEnv(*GOALS["both"])
+    obs, _ = env.reset(seed=seed)
+    pucks, arms = [env.puck], [env.arm()]
+    for _ in range(LENGTH):
+        obs = env.step(agent.predict(obs, deterministic=True)[0])[0]
+        pucks.append(env.puck)
+        arms.append(env.arm())
+    return np.stack(pucks), np.stack(arms)
+
+
+def final_distances(agent: SoftQ) -> np.ndarray:
+    """
+    :return: Distances of the puck to (-1, -1) in metres at the end of each episode, shape (EPISODES,)
+    """
+    return np.array([np.linalg.norm(roll_out(agent, 1000 + i)[0][-1] - GOALS["both"]) for i in range(EPISODES)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=15_000, help="of each agent")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the figure shows the first")
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["seed", "agent", "mean_distance", "median_distance"])
+        for seed in args.seeds:
+            x, y, scratch = (train(args.steps, seed, goal) for goal in GOALS.values())
+            agents = {"x = -1": x, "y = -1": y, "composed": compose([x, y]), "from scratch": scratch}
+            distances = {name: final_distances(agent) for name, agent in agents.items()}
+            for name, values in distances.items():
+                print(f"seed {seed}, {name}: puck {values.mean():.2f} m from (-1, -1), median {np.median(values):.2f}")
+                writer.writerow([seed, name, f"{values.mean():.4f}", f"{np.median(values):.4f}"])
+            file.flush()
+            if seed == args.seeds[0]:
+                draw(agents, distances, args.out)
+    print(args.out)
+
+
+def draw(agents: dict[str, SoftQ], distances: dict[str, np.ndarray], out: Path) -> None:
+    figure, axes = new_figure(14.0, 4.0, n_columns=4)
+    for ax, (name, agent) in zip(axes, agents.items(), strict=True):
+        draw_pusher(ax, Pusher2DEnv(*GOALS.get(name, GOALS["both"])), *roll_out(agent, 1000))
+        ax.set_title(f"{name}: {distances[name].mean():.2f} m from (-1, -1)")
+    figure.tight_layout()
+    figure.savefig(out)
+
+
+if __name__ == "__main__":
+    main()
