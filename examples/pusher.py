@@ -19,7 +19,7 @@ from sb3_softq.plots import draw_pusher, new_figure
 
 OUT = Path(__file__).parent / "results" / "pusher.png"
 SETTINGS: dict[str, Any] = dict(
-    ent_coef=0.02, learning_rate=1e-3, batch_size=128, gamma=0.98, policy_kwargs=dict(net_arch=[128, 128])
+    ent_coef=0.05, learning_rate=1e-3, batch_size=128, gamma=0.98, policy_kwargs=dict(net_arch=[128, 128])
 )
 GOALS = {"x = -1": (-1.0, None), "y = -1": (None, -1.0), "both": (-1.0, -1.0)}
 EPISODES, LENGTH = 50, 60
@@ -66,7 +66,7 @@ def main() -> None:
             agents = {"x = -1": x, "y = -1": y, "composed": compose([x, y]), "from scratch": scratch}
             distances = {name: final_distances(agent) for name, agent in agents.items()}
             for name, values in distances.items():
-                print(f"seed {seed}, {name}: puck {values.mean():.2f} m from (-1, -1), median {np.median(values):.2f}")
+                print(f"seed {seed}, {name}: puck {values.mean():.2f} m from (-1, -1), median {np.median(values):.2f}", flush=True)
                 writer.writerow([seed, name, f"{values.mean():.4f}", f"{np.median(values):.4f}"])
             file.flush()
             if seed == args.seeds[0]:

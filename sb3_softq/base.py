@@ -90,6 +90,8 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         self.ent_coef_learning_rate = ent_coef_learning_rate
         # Saved as True: load() finds it so before the model is set up
         self._is_loaded = False
+        # What load() has to find the parameters of
+        self._learned_ent_coef = isinstance(ent_coef, str)
         # Log of the temperature and its optimizer when it is learned
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef_optimizer: th.optim.Optimizer | None = None
@@ -163,6 +165,9 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             check_auto("ent_coef", self.ent_coef, with_initial_value=True)
         else:
             check_schedule("ent_coef", self.ent_coef, 0.0)
+        if self._is_loaded and self._learned_ent_coef != isinstance(self.ent_coef, str):
+            saved, allowed = ("learned", '"auto"') if self._learned_ent_coef else ("fixed", "a number or a function")
+            raise ValueError(f"ent_coef={self.ent_coef!r} is not allowed: it was {saved} when saved, so it must be {allowed}")
         if isinstance(self.target_entropy, str):
             check_auto("target_entropy", self.target_entropy, with_initial_value=False)
         else:

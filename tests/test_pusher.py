@@ -38,7 +38,7 @@ def test_reward_and_observation(goal):
         given = [i for i in range(2) if goal[i] is not None]
         distance = np.sqrt(sum((puck[i] - goal[i]) ** 2 for i in given))
         assert info["distance"] == pytest.approx(distance)
-        expected = -distance - 0.5 * np.hypot(*(fingertip - puck)) - 0.05 * np.square(action).sum()
+        expected = -distance - 0.5 * max(np.hypot(*(fingertip - puck)) - 0.25, 0) - 0.05 * np.square(action).sum()
         assert reward == pytest.approx(expected, abs=1e-6)
 
 

@@ -165,6 +165,21 @@ def test_loaded_arguments_are_checked(tmp_path):
         load(tmp_path / "model", tau=2)
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [("auto", 0.2), (0.2, "auto"), ("auto_0.5", lambda progress: 0.1)])
+def test_a_learned_temperature_stays_learned(tmp_path, saved, loaded):
+    make(ent_coef=saved).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"ent_coef=.* is not allowed: it was (learned|fixed)"):
+        load(tmp_path / "model", ent_coef=loaded)
+
+
+def test_a_fixed_temperature_can_be_annealed(tmp_path):
+    make(ent_coef=0.5, learning_starts=0).save(tmp_path / "model")
+    loaded = load(tmp_path / "model", env=make().get_env(), ent_coef=lambda progress: 0.1 + 0.4 * progress)
+    loaded.learn(20)
+    assert float(loaded._ent_coef_tensor()) == pytest.approx(0.1 + 0.4 * loaded._current_progress_remaining)
+    assert loaded._current_progress_remaining < 0.1
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu", th.device("cpu")])
 def test_device(tmp_path, device):
     make().save(tmp_path / "model")

@@ -13,6 +13,8 @@ from sb3_softq.checks import check_number
 
 TABLE = 1.5
 PUCK_START = np.array([-0.55, -0.55])
+# Where the fingertip is near enough: reward for less would have the hand hug the puck, and move it where no goal asks to
+NEAR = 0.25
 # Angles that put the fingertip beyond the puck, seen from the goals at -1, and near enough for random torques to touch it
 ARM_START = np.array([1.60, 2.45, 1.01])
 
@@ -22,7 +24,7 @@ class Pusher2DEnv(MujocoEnv):
     A three-joint arm slides a puck to where ``goal_x`` and ``goal_y`` say; a coordinate that is None is free, as for the
     skills composed in https://arxiv.org/abs/1803.06773. The reward is
 
-        r = -|puck - goal| - 0.5 |fingertip - puck| - 0.05 |a|^2,
+        r = -|puck - goal| - 0.5 max(|fingertip - puck| - 0.25, 0) - 0.05 |a|^2,
 
     the first distance over the coordinates that are given. Registered as ``sb3_softq/Pusher2D-v0`` with 60 steps of 0.1
     seconds; nothing ends an episode early. Action: torques of shoulder, elbow and wrist in [-1, 1]. Observation, shape (15,):
@@ -38,7 +40,7 @@ class Pusher2DEnv(MujocoEnv):
 
     metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"], "render_fps": 10}  # noqa: RUF012
 
-    def __init__(self, goal_x: float | None = None, goal_y: float | None = None, start_noise: float = 0.1, **kwargs: Any):
+    def __init__(self, goal_x: float | None = None, goal_y: float | None = None, start_noise: float = 0.2, **kwargs: Any):
         if goal_x is None and goal_y is None:
             raise ValueError("goal_x=None and goal_y=None is not allowed: give at least one coordinate")
         for name, value in (("goal_x", goal_x), ("goal_y", goal_y)):
@@ -78,16 +80,20 @@ class Pusher2DEnv(MujocoEnv):
         mujoco.mj_kinematics(self.model, self.data)
         offsets = [x - goal for x, goal in zip(self.puck, (self.goal_x, self.goal_y), strict=True) if goal is not None]
         distance = np.float64(np.linalg.norm(offsets))
-        reach = np.linalg.norm(self.fingertip - self.puck)
+        reach = max(np.linalg.norm(self.fingertip - self.puck) - NEAR, 0.0)
         reward = np.float64(-distance - 0.5 * reach - 0.05 * np.square(action).sum())
         if self.render_mode == "human":
             self.render()
         return self._observation(), reward, False, False, {"distance": distance}
 
     def reset_model(self) -> NDArray[np.float64]:
-        arm = ARM_START + self.np_random.uniform(-0.1, 0.1, size=3)
-        puck = PUCK_START + self.np_random.uniform(-self.start_noise, self.start_noise, size=2)
-        self.set_state(np.concatenate([arm, puck]), np.zeros(5))
+        while True:
+            arm = ARM_START + self.np_random.uniform(-0.2, 0.2, size=3)
+            puck = PUCK_START + self.np_random.uniform(-self.start_noise, self.start_noise, size=2)
+            self.set_state(np.concatenate([arm, puck]), np.zeros(5))
+            # not in one another
+            if self.data.ncon == 0:
+                break
         return self._observation()
 
     def _observation(self) -> NDArray[np.float64]:
