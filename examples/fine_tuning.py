@@ -1,5 +1,5 @@
 """
-Pre-train a half-cheetah for speed in any direction, then go on to one direction from those weights, colder and colder.
+Pre-train a half-cheetah to run in any direction, then go on to one direction from those weights, colder and colder.
 
     python examples/fine_tuning.py        # examples/results/fine_tuning.png, fine_tuning.csv
 """
@@ -12,27 +12,28 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_softq import SoftQ
 from sb3_softq.plots import new_figure
 
 OUT = Path(__file__).parent / "results" / "fine_tuning.png"
-# The same for both algorithms. The temperature is that of pre-training and falls to a tenth of it afterwards
-SETTINGS: dict[str, Any] = dict(ent_coef=0.05, gamma=0.97, learning_starts=1000)
+ALGORITHMS: dict[str, Any] = {"SoftQ": SoftQ, "SAC": SAC}
+SETTINGS: dict[str, Any] = dict(ent_coef=0.05, gamma=0.97, buffer_size=100_000, device="cpu")
+# From the temperature of pre-training to a tenth of it
 ANNEALED = LinearSchedule(0.05, 0.005, 1.0)
 FASTEST = 2.0
 
 
 class Running(gym.Wrapper):
     """
-    Half-cheetah with another reward: speed in any direction up to ``FASTEST``, so that one is as good as the other, or
-    velocity along one.
+    Half-cheetah that is to run in any direction, at up to ``FASTEST`` metres a second so that one is as good as the other, or
+    as fast as it can in one.
 
     :param direction: 1 forwards, -1 backwards, None either
     """
@@ -50,23 +51,92 @@ class Running(gym.Wrapper):
 
 class Curve(BaseCallback):
     """
-    Return over 5 episodes every so many steps; SAC's temperature, which takes no schedule, follows SoftQ's.
+    Mean return of 2 episodes every so many steps.
 
     :param direction: Of the environment
     :param every: Number of steps
     """
 
-    def __init__(self, direction: int | None, every: int):
+    def __init__(self, direction: int, every: int):
         super().__init__()
         self.env, self.every = Monitor(Running(direction)), every
-        self.steps: list[int] = []
-        self.returns: list[float] = []
+        self.points: list[tuple[int, float]] = []
 
     def _on_step(self) -> bool:
-        if isinstance(self.model, SAC) and self.env.unwrapped is not None and self.model.ent_coef == "annealed":
-            pass
+        if isinstance(self.model, SAC):
+            # it takes no schedule, so that it is given the numbers of SoftQ's
+            self.model.ent_coef_tensor = th.tensor(ANNEALED(self.model._current_progress_remaining))
         if self.num_timesteps % self.every == 0:
             self.env.reset(seed=1000)
-            self.steps.append(self.num_timesteps)
-            self.returns.append(float(np.mean(evaluate_policy(self.model, self.env, 5)[0])))
+            self.points.append((self.num_timesteps, float(np.mean(evaluate_policy(self.model, self.env, 2)[0]))))
         return True
+
+
+def fine_tune(
+    name: str, start: Path | None, direction: int, steps: int, every: int, seed: int, **more: Any
+) -> list[tuple[int, float]]:
+    cls, env, curve = ALGORITHMS[name], Running(direction), Curve(direction, every)
+    settings = SETTINGS | more | dict(seed=seed, ent_coef=ANNEALED if name == "SoftQ" else ANNEALED(1.0))
+    model = cls("MlpPolicy", env, **settings) if start is None else cls.load(start, env, **settings)
+    model.learn(steps, curve)
+    return curve.points
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=25_000, help="of pre-training")
+    parser.add_argument("--more-steps", type=int, default=10_000, help="of fine-tuning")
+    parser.add_argument("--eval-freq", type=int, default=1250, help="in fine-tuning")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers")
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.with_suffix(".csv").open("w", newline="") as file, tempfile.TemporaryDirectory() as folder:
+        writer = csv.writer(file)
+        writer.writerow(["agent", "direction", "seed", "step", "return"])
+        for seed in args.seeds:
+            starts: dict[str, tuple[str, Path | None]] = {"SoftQ from scratch": ("SoftQ", None)}
+            for name, cls in ALGORITHMS.items():
+                more = dict(compile=args.compile) if name == "SoftQ" else {}
+                path = Path(folder) / name
+                cls("MlpPolicy", Running(), **SETTINGS, **more, seed=seed).learn(args.steps).save(path)
+                starts[f"{name} pre-trained"] = name, path
+            for label, (name, start) in starts.items():
+                more = dict(compile=args.compile) if name == "SoftQ" else {}
+                for direction in (1, -1):
+                    points = fine_tune(name, start, direction, args.more_steps, args.eval_freq, seed, **more)
+                    print(
+                        f"seed {seed}, {label}, {'forwards' if direction > 0 else 'backwards'}: {points[-1][1]:.0f}",
+                        flush=True,
+                    )
+                    writer.writerows([label, direction, seed, step, f"{value:.1f}"] for step, value in points)
+            file.flush()
+    draw(args.out)
+    print(args.out)
+
+
+def draw(out: Path) -> None:
+    """Both directions of each seed, and their mean."""
+    with out.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = new_figure(7.0, 4.5)
+    colours = {"SoftQ pre-trained": "tab:blue", "SAC pre-trained": "tab:orange", "SoftQ from scratch": "0.5"}
+    for label, colour in colours.items():
+        curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for row in rows:
+            if row["agent"] == label:
+                curves.setdefault((row["direction"], row["seed"]), []).append((int(row["step"]), float(row["return"])))
+        for points in curves.values():
+            axes.plot(*zip(*points, strict=True), color=colour, alpha=0.3, linewidth=1)
+        steps = [step for step, _ in next(iter(curves.values()))]
+        mean = np.mean([[value for _, value in points] for points in curves.values()], axis=0)
+        axes.plot(steps, mean, "o-", color=colour, linewidth=2, label=f"{label}, mean of {len(curves)} runs")
+    axes.set(xlabel="steps of fine-tuning", ylabel="return", title="Half-cheetah: forwards or backwards, after either")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(out)
+
+
+if __name__ == "__main__":
+    main()

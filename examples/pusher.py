@@ -53,7 +53,7 @@ def final_distances(agent: SoftQ) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=15_000, help="of each agent")
+    parser.add_argument("--steps", type=int, default=25_000, help="of each agent")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the figure shows the first")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
@@ -66,7 +66,10 @@ def main() -> None:
             agents = {"x = -1": x, "y = -1": y, "composed": compose([x, y]), "from scratch": scratch}
             distances = {name: final_distances(agent) for name, agent in agents.items()}
             for name, values in distances.items():
-                print(f"seed {seed}, {name}: puck {values.mean():.2f} m from (-1, -1), median {np.median(values):.2f}", flush=True)
+                print(
+                    f"seed {seed}, {name}: puck {values.mean():.2f} m from (-1, -1), median {np.median(values):.2f}",
+                    flush=True,
+                )
                 writer.writerow([seed, name, f"{values.mean():.4f}", f"{np.median(values):.4f}"])
             file.flush()
             if seed == args.seeds[0]:

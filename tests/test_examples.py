@@ -152,3 +152,12 @@ def test_robustness(tmp_path):
     # nobody stands against 50 newtons
     assert all(float(row[-1]) < 30 for row in rows[1:])
     assert image.imread(tmp_path / "figure.png").std() > 0.01
+
+
+def test_fine_tuning(tmp_path):
+    steps = ("--steps", 110, "--more-steps", 120, "--eval-freq", 60, "--seeds", 0)
+    output = example("fine_tuning.py", *steps, "--out", tmp_path / "figure.png")
+    assert output.count("forwards: ") == output.count("backwards: ") == 3
+    # two points of two directions of three agents
+    assert len((tmp_path / "figure.csv").read_text().splitlines()) == 1 + 2 * 2 * 3
+    assert image.imread(tmp_path / "figure.png").std() > 0.01

@@ -105,3 +105,16 @@ def test_seeds():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Pusher2DEnv(**kwargs)
+
+
+def test_x_and_y_play_the_same_role():
+    env = Pusher2DEnv(goal_x=-1.0, start_noise=0.0)
+    starts = []
+    for seed in range(40):
+        env.reset(seed=seed)
+        starts.append(env.fingertip)
+    to_the_right = [start[0] > start[1] for start in starts]
+    assert 10 < sum(to_the_right) < 30
+    # the mean of one side is the mirror image of the other's
+    one, other = (np.mean([x for x, right in zip(starts, to_the_right, strict=True) if right == side], axis=0) for side in (0, 1))
+    np.testing.assert_allclose(one, other[::-1], atol=0.08)
