@@ -133,7 +133,7 @@ def draw(out: Path) -> None:
         mean = np.mean([[value for _, value in points] for points in curves.values()], axis=0)
         axes.plot(steps, mean, "o-", color=colour, linewidth=2, label=f"{label}, mean of {len(curves)} runs")
     axes.set(xlabel="steps of fine-tuning", ylabel="return", title="Half-cheetah: forwards or backwards, after either")
-    axes.legend()
+    axes.legend(loc="upper left")
     figure.tight_layout()
     figure.savefig(out)
 
