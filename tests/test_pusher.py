@@ -116,5 +116,6 @@ def test_x_and_y_play_the_same_role():
     to_the_right = [start[0] > start[1] for start in starts]
     assert 10 < sum(to_the_right) < 30
     # the mean of one side is the mirror image of the other's
-    one, other = (np.mean([x for x, right in zip(starts, to_the_right, strict=True) if right == side], axis=0) for side in (0, 1))
+    sides = np.array(to_the_right)
+    one, other = np.array(starts)[sides].mean(axis=0), np.array(starts)[~sides].mean(axis=0)
     np.testing.assert_allclose(one, other[::-1], atol=0.08)

@@ -29,8 +29,7 @@ class Pusher2DEnv(MujocoEnv):
     the first distance over the coordinates that are given. Registered as ``sb3_softq/Pusher2D-v0`` with 60 steps of 0.1
     seconds; nothing ends an episode early. Action: torques of shoulder, elbow and wrist in [-1, 1]. Observation, shape (15,):
     cosines and sines of the joints' angles, their velocities, then fingertip, puck and velocity of the puck, x and y of each.
-    ``info``: ``distance``, of the puck to the goal. The arm starts bent to one side or the other, so that x and y play the same
-    role.
+    ``info``: ``distance``, of the puck to the goal. The arm starts bent to one side or the other: x and y play the same role.
 
     :param goal_x: Goal of the puck's x in metres, between -1.5 and 1.5, or None
     :param goal_y: Goal of the puck's y, likewise
