@@ -24,9 +24,10 @@ from sb3_softq.plots import new_figure
 
 OUT = Path(__file__).parent / "results" / "fine_tuning.png"
 ALGORITHMS: dict[str, Any] = {"SoftQ": SoftQ, "SAC": SAC}
-SETTINGS: dict[str, Any] = dict(ent_coef=0.05, gamma=0.97, buffer_size=100_000, device="cpu")
+ENT_COEF = 0.05
+SETTINGS: dict[str, Any] = dict(ent_coef=ENT_COEF, gamma=0.97, buffer_size=100_000, device="cpu")
 # From the temperature of pre-training to a tenth of it
-ANNEALED = LinearSchedule(0.05, 0.005, 1.0)
+ANNEALED = LinearSchedule(ENT_COEF, 0.1 * ENT_COEF, 1.0)
 FASTEST = 2.0
 
 
@@ -73,10 +74,11 @@ class Curve(BaseCallback):
 
 
 def fine_tune(
-    name: str, start: Path | None, direction: int, steps: int, every: int, seed: int, **more: Any
+    cls: Any, start: Path | None, direction: int, steps: int, every: int, settings: dict[str, Any]
 ) -> list[tuple[int, float]]:
-    cls, env, curve = ALGORITHMS[name], Running(direction), Curve(direction, every)
-    settings = SETTINGS | more | dict(seed=seed, ent_coef=ANNEALED if name == "SoftQ" else ANNEALED(1.0))
+    env, curve = Running(direction), Curve(direction, every)
+    if cls is SoftQ:
+        settings = settings | dict(ent_coef=ANNEALED)
     model = cls("MlpPolicy", env, **settings) if start is None else cls.load(start, env, **settings)
     model.learn(steps, curve)
     return curve.points
@@ -96,16 +98,16 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(["agent", "direction", "seed", "step", "return"])
         for seed in args.seeds:
+            settings = {name: SETTINGS | dict(seed=seed) for name in ALGORITHMS}
+            settings["SoftQ"]["compile"] = args.compile
             starts: dict[str, tuple[str, Path | None]] = {"SoftQ from scratch": ("SoftQ", None)}
             for name, cls in ALGORITHMS.items():
-                more = dict(compile=args.compile) if name == "SoftQ" else {}
                 path = Path(folder) / name
-                cls("MlpPolicy", Running(), **SETTINGS, **more, seed=seed).learn(args.steps).save(path)
+                cls("MlpPolicy", Running(), **settings[name]).learn(args.steps).save(path)
                 starts[f"{name} pre-trained"] = name, path
             for label, (name, start) in starts.items():
-                more = dict(compile=args.compile) if name == "SoftQ" else {}
                 for direction in (1, -1):
-                    points = fine_tune(name, start, direction, args.more_steps, args.eval_freq, seed, **more)
+                    points = fine_tune(ALGORITHMS[name], start, direction, args.more_steps, args.eval_freq, settings[name])
                     print(
                         f"seed {seed}, {label}, {'forwards' if direction > 0 else 'backwards'}: {points[-1][1]:.0f}",
                         flush=True,
