@@ -27,9 +27,10 @@ GOALS = {"x = -1": (-1.0, None), "y = -1": (None, -1.0), "both": (-1.0, -1.0)}
 EPISODES, LENGTH = 50, 60
 
 
-def train(steps: int, seed: int, goal: tuple[float | None, float | None]) -> SoftQ:
+def train(steps: int, seed: int, goal: tuple[float | None, float | None], compiled: bool) -> SoftQ:
     env = gym.make("sb3_softq/Pusher2D-v0", goal_x=goal[0], goal_y=goal[1])
-    return SoftQ("MlpPolicy", env, **SETTINGS, buffer_size=steps, seed=seed, device="cpu").learn(steps)
+    agent = SoftQ("MlpPolicy", env, **SETTINGS, buffer_size=steps, seed=seed, device="cpu", compile=compiled)
+    return agent.learn(steps)
 
 
 def roll_out(agent: SoftQ, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -46,17 +47,18 @@ def roll_out(agent: SoftQ, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(pucks), np.stack(arms)
 
 
-def final_distances(agent: SoftQ) -> np.ndarray:
+def final_pucks(agent: SoftQ) -> np.ndarray:
     """
-    :return: Distances of the puck to (-1, -1) in metres at the end of each episode, shape (EPISODES,)
+    :return: Positions of the puck at the end of each episode, shape (EPISODES, 2)
     """
-    return np.array([np.linalg.norm(roll_out(agent, 1000 + i)[0][-1] - GOALS["both"]) for i in range(EPISODES)])
+    return np.stack([roll_out(agent, 1000 + i)[0][-1] for i in range(EPISODES)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=25_000, help="of each agent")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the figure shows the first")
+    parser.add_argument("--compile", action="store_true", help="faster, the same numbers but for rounding")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,14 +66,17 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(["seed", "agent", "mean_distance", "median_distance"])
         for seed in args.seeds:
-            x, y, scratch = (train(args.steps, seed, goal) for goal in GOALS.values())
+            x, y, scratch = (train(args.steps, seed, goal, args.compile) for goal in GOALS.values())
             agents = {
                 "x = -1": x,
                 "y = -1": y,
-                "composed": compose([x, y], gradient_steps=max(args.steps * 2 // 5, 1), ent_coef=COLDER),
+                "composed": compose(
+                    [x, y], gradient_steps=max(args.steps * 2 // 5, 1), ent_coef=COLDER, compile=args.compile
+                ),
                 "from scratch": scratch,
             }
-            distances = {name: final_distances(agent) for name, agent in agents.items()}
+            pucks = {name: final_pucks(agent) for name, agent in agents.items()}
+            distances = {name: np.linalg.norm(ends - GOALS["both"], axis=1) for name, ends in pucks.items()}
             for name, values in distances.items():
                 print(
                     f"seed {seed}, {name}: puck {values.mean():.2f} m from (-1, -1), median {np.median(values):.2f}",
@@ -80,13 +85,15 @@ def main() -> None:
                 writer.writerow([seed, name, f"{values.mean():.4f}", f"{np.median(values):.4f}"])
             file.flush()
             if seed == args.seeds[0]:
-                draw(agents, distances, args.out)
+                draw(agents, pucks, distances, args.out)
     print(args.out)
 
 
-def draw(agents: dict[str, SoftQ], distances: dict[str, np.ndarray], out: Path) -> None:
+def draw(agents: dict[str, SoftQ], pucks: dict[str, np.ndarray], distances: dict[str, np.ndarray], out: Path) -> None:
     figure, axes = new_figure(14.0, 4.0, n_columns=4)
     for ax, (name, agent) in zip(axes, agents.items(), strict=True):
+        ax.plot(*pucks[name].T, "k.", markersize=3, zorder=5, label=f"end of {EPISODES} episodes")
+        ax.legend(loc="upper left", fontsize=8)
         draw_pusher(ax, Pusher2DEnv(*GOALS.get(name, GOALS["both"])), *roll_out(agent, 1000))
         ax.set_title(f"{name}: {distances[name].mean():.2f} m from (-1, -1)")
     figure.tight_layout()

@@ -38,6 +38,10 @@ class Pushed(gym.Wrapper):
         super().__init__(env)
         self.force, self.body, self.steps = force, env.unwrapped.model.body(body).id, 0  # type: ignore[attr-defined]
 
+    def reset(self, **kwargs: Any) -> Any:
+        self.steps = 0
+        return super().reset(**kwargs)
+
     def step(self, action: Any) -> Any:
         if self.steps % 10 == 0:
             angle = self.np_random.uniform(0.0, 2.0 * np.pi)
@@ -77,7 +81,7 @@ def main() -> None:
                 row = [mean_return(agent, args.env, args.body, force, args.episodes) for force in args.forces]
                 returns[name].append(row)
                 shown = ", ".join(f"{force:g} N {value:.0f}" for force, value in zip(args.forces, row, strict=True))
-                print(f"seed {seed}, {name}, {agent.num_timesteps} steps: {shown}")
+                print(f"seed {seed}, {name}, {agent.num_timesteps} steps: {shown}", flush=True)
                 writer.writerow([seed, name, agent.num_timesteps, *(f"{value:.1f}" for value in row)])
                 file.flush()
     draw(args.forces, returns, args.env, args.out)

@@ -124,7 +124,7 @@ def draw_pusher(axes: "Axes", env: "Pusher2DEnv", pucks: np.ndarray, arms: np.nd
     from matplotlib.patches import Circle
 
     if env.goal_x is not None and env.goal_y is not None:
-        axes.plot(env.goal_x, env.goal_y, "*", color="tab:green", markersize=16, zorder=1)
+        axes.plot(env.goal_x, env.goal_y, "*", color="tab:green", markeredgecolor="white", markersize=16, zorder=6)
     elif env.goal_x is not None:
         axes.axvline(env.goal_x, color="tab:green", linestyle="--", zorder=1)
     elif env.goal_y is not None:

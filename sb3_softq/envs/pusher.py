@@ -40,7 +40,7 @@ class Pusher2DEnv(MujocoEnv):
 
     metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"], "render_fps": 10}  # noqa: RUF012
 
-    def __init__(self, goal_x: float | None = None, goal_y: float | None = None, start_noise: float = 0.2, **kwargs: Any):
+    def __init__(self, goal_x: float | None = None, goal_y: float | None = None, start_noise: float = 0.3, **kwargs: Any):
         if goal_x is None and goal_y is None:
             raise ValueError("goal_x=None and goal_y=None is not allowed: give at least one coordinate")
         for name, value in (("goal_x", goal_x), ("goal_y", goal_y)):
