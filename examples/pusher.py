@@ -70,9 +70,7 @@ def main() -> None:
             agents = {
                 "x = -1": x,
                 "y = -1": y,
-                "composed": compose(
-                    [x, y], gradient_steps=max(args.steps * 2 // 5, 1), ent_coef=COLDER, compile=args.compile
-                ),
+                "composed": compose([x, y], gradient_steps=max(args.steps * 2 // 5, 1), ent_coef=COLDER, compile=args.compile),
                 "from scratch": scratch,
             }
             pucks = {name: final_pucks(agent) for name, agent in agents.items()}
