@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--more-steps", type=int, default=10_000, help="of fine-tuning")
     parser.add_argument("--eval-freq", type=int, default=1250, help="in fine-tuning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers")
+    parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers but for rounding")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,21 +19,22 @@ from sb3_softq.plots import draw_pusher, new_figure
 
 OUT = Path(__file__).parent / "results" / "pusher.png"
 SETTINGS: dict[str, Any] = dict(
-    ent_coef=0.05, learning_rate=1e-3, batch_size=128, gamma=0.98, policy_kwargs=dict(net_arch=[128, 128])
+    ent_coef=0.05, learning_rate=1e-3, batch_size=128, gamma=0.98, policy_kwargs=dict(net_arch=[128, 128]), device="cpu"
 )
 # Nothing is explored any more
 COLDER = 0.02
 GOALS = {"x = -1": (-1.0, None), "y = -1": (None, -1.0), "both": (-1.0, -1.0)}
 EPISODES, LENGTH = 50, 60
+# Positions of the puck and of the arm
+Episode = tuple[np.ndarray, np.ndarray]
 
 
-def train(steps: int, seed: int, goal: tuple[float | None, float | None], compiled: bool) -> SoftQ:
+def train(steps: int, goal: tuple[float | None, float | None], settings: dict[str, Any]) -> SoftQ:
     env = gym.make("sb3_softq/Pusher2D-v0", goal_x=goal[0], goal_y=goal[1])
-    agent = SoftQ("MlpPolicy", env, **SETTINGS, buffer_size=steps, seed=seed, device="cpu", compile=compiled)
-    return agent.learn(steps)
+    return SoftQ("MlpPolicy", env, **settings).learn(steps)
 
 
-def roll_out(agent: SoftQ, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def roll_out(agent: SoftQ, seed: int) -> Episode:
     """
     :return: Positions of the puck, shape (LENGTH + 1, 2), and of the arm, shape (LENGTH + 1, 4, 2)
     """
@@ -45,13 +46,6 @@ def roll_out(agent: SoftQ, seed: int) -> tuple[np.ndarray, np.ndarray]:
         pucks.append(env.puck)
         arms.append(env.arm())
     return np.stack(pucks), np.stack(arms)
-
-
-def final_pucks(agent: SoftQ) -> np.ndarray:
-    """
-    :return: Positions of the puck at the end of each episode, shape (EPISODES, 2)
-    """
-    return np.stack([roll_out(agent, 1000 + i)[0][-1] for i in range(EPISODES)])
 
 
 def main() -> None:
@@ -66,16 +60,17 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(["seed", "agent", "mean_distance", "median_distance"])
         for seed in args.seeds:
-            x, y, scratch = (train(args.steps, seed, goal, args.compile) for goal in GOALS.values())
+            settings = SETTINGS | dict(buffer_size=args.steps, seed=seed, compile=args.compile)
+            x, y, scratch = (train(args.steps, goal, settings) for goal in GOALS.values())
             agents = {
                 "x = -1": x,
                 "y = -1": y,
                 "composed": compose([x, y], gradient_steps=max(args.steps * 2 // 5, 1), ent_coef=COLDER, compile=args.compile),
                 "from scratch": scratch,
             }
-            pucks = {name: final_pucks(agent) for name, agent in agents.items()}
-            distances = {name: np.linalg.norm(ends - GOALS["both"], axis=1) for name, ends in pucks.items()}
-            for name, values in distances.items():
+            episodes = {name: [roll_out(agent, 1000 + i) for i in range(EPISODES)] for name, agent in agents.items()}
+            for name in agents:
+                values = final_distances(episodes[name])
                 print(
                     f"seed {seed}, {name}: puck {values.mean():.2f} m from (-1, -1), median {np.median(values):.2f}",
                     flush=True,
@@ -83,17 +78,25 @@ def main() -> None:
                 writer.writerow([seed, name, f"{values.mean():.4f}", f"{np.median(values):.4f}"])
             file.flush()
             if seed == args.seeds[0]:
-                draw(agents, pucks, distances, args.out)
+                draw(episodes, args.out)
     print(args.out)
 
 
-def draw(agents: dict[str, SoftQ], pucks: dict[str, np.ndarray], distances: dict[str, np.ndarray], out: Path) -> None:
+def final_distances(episodes: list[Episode]) -> np.ndarray:
+    """
+    :return: Distances of the puck to (-1, -1) in metres at the end of each episode
+    """
+    return np.array([np.linalg.norm(pucks[-1] - GOALS["both"]) for pucks, _ in episodes])
+
+
+def draw(episodes: dict[str, list[Episode]], out: Path) -> None:
     figure, axes = new_figure(14.0, 4.0, n_columns=4)
-    for ax, (name, agent) in zip(axes, agents.items(), strict=True):
-        ax.plot(*pucks[name].T, "k.", markersize=3, zorder=5, label=f"end of {EPISODES} episodes")
+    for ax, (name, of_agent) in zip(axes, episodes.items(), strict=True):
+        ends = np.stack([pucks[-1] for pucks, _ in of_agent])
+        ax.plot(*ends.T, "k.", markersize=3, zorder=5, label=f"end of {EPISODES} episodes")
         ax.legend(loc="upper left", fontsize=8)
-        draw_pusher(ax, Pusher2DEnv(*GOALS.get(name, GOALS["both"])), *roll_out(agent, 1000))
-        ax.set_title(f"{name}: {distances[name].mean():.2f} m from (-1, -1)")
+        draw_pusher(ax, Pusher2DEnv(*GOALS.get(name, GOALS["both"])), *of_agent[0])
+        ax.set_title(f"{name}: {final_distances(of_agent).mean():.2f} m from (-1, -1)")
     figure.tight_layout()
     figure.savefig(out)
 
