@@ -99,7 +99,7 @@ def main() -> None:
         writer.writerow(["agent", "direction", "seed", "step", "return"])
         for seed in args.seeds:
             settings = {name: SETTINGS | dict(seed=seed) for name in ALGORITHMS}
-            settings["SoftQ"]["compile"] = args.compile
+            settings["SoftQ"] |= dict(compile=args.compile, tau=0.02)
             starts: dict[str, tuple[str, Path | None]] = {"SoftQ from scratch": ("SoftQ", None)}
             for name, cls in ALGORITHMS.items():
                 path = Path(folder) / name

@@ -19,7 +19,13 @@ from sb3_softq.plots import draw_pusher, new_figure
 
 OUT = Path(__file__).parent / "results" / "pusher.png"
 SETTINGS: dict[str, Any] = dict(
-    ent_coef=0.05, learning_rate=1e-3, batch_size=128, gamma=0.98, policy_kwargs=dict(net_arch=[128, 128]), device="cpu"
+    ent_coef=0.05,
+    learning_rate=1e-3,
+    batch_size=128,
+    tau=0.02,
+    gamma=0.98,
+    policy_kwargs=dict(net_arch=[128, 128]),
+    device="cpu",
 )
 # Nothing is explored any more
 COLDER = 0.02

@@ -9,6 +9,7 @@ the body --body (``xfrc_applied``).
 
 import argparse
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sb3_softq import SoftQ
 from sb3_softq.plots import new_figure
 
 OUT = Path(__file__).parent / "results" / "robustness.png"
-ALGORITHMS: dict[str, Any] = {"SoftQ": SoftQ, "SAC": SAC}
+ALGORITHMS: dict[str, Any] = {"SoftQ": partial(SoftQ, tau=0.02), "SAC": SAC}
 
 
 class Pushed(gym.Wrapper):

@@ -39,7 +39,7 @@ CLASSES: dict[str, type[OffPolicyAlgorithm]] = {"softq": SoftQ, "sac": SAC, "td3
 # What differs from the defaults of the classes. SAC, TD3, TQC: RL Zoo 2.9.2, hyperparams/*.yml, "mujoco-defaults" of the
 # v4 environments (noise_std is its noise_type: normal)
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "softq": {},
+    "softq": dict(learning_starts=5_000),
     "sac": dict(learning_starts=10_000),
     "td3": dict(
         learning_starts=10_000,
