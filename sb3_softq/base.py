@@ -16,7 +16,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
-from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, update_learning_rate
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
@@ -184,8 +184,6 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         self._convert_numbers()
         super()._setup_model()
         self._create_aliases()
-        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         if self.target_entropy == "auto":
             self.target_entropy = self._auto_target_entropy()
         if isinstance(self.ent_coef, str):
@@ -266,7 +264,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         """Polyak update of the target critics, all tensors in one call."""
         th._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
         # Copy running stats, see https://github.com/DLR-RM/stable-baselines3/issues/996
-        for running, target in zip(self.batch_norm_stats, self.batch_norm_stats_target, strict=True):
+        for running, target in zip(self.critic.buffers(), self.critic_target.buffers(), strict=True):
             target.copy_(running)
 
     def _ent_coef_tensor(self) -> th.Tensor:

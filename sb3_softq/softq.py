@@ -63,7 +63,8 @@ class SoftQ(MaximumEntropyAlgorithm):
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update
-    :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1) of the target critics. With 1 the critics
+        are their own target, as in CrossQ, for which they need batch normalisation (``policy_kwargs=dict(batch_norm=True)``)
     :param gamma: the discount factor
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
         like ``(5, "step")`` or ``(2, "episode")``.
@@ -307,15 +308,23 @@ class SoftQ(MaximumEntropyAlgorithm):
         """Gradients of the critics' loss, the squared distance to r + gamma V(s')."""
         # For n-step replay, discount factor is gamma**n_steps (when no early termination)
         discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
+        next_obs = replay_data.next_observations
         with th.no_grad():
-            next_obs = replay_data.next_observations
             u, log_prob_a = self._propose(next_obs, self.n_value_particles)
-            next_q_values = self._min_q_values(self.critic_target, next_obs, u)
+            next_actions = th.tanh(u)
+        obs, actions = replay_data.observations, replay_data.actions
+        if self.policy.batch_norm:
+            q_values, next_q_values = self.critic.joint_q_values(obs, actions, next_obs, next_actions)
+        else:
+            q_values = th.stack(self.critic(obs, actions))
+        with th.no_grad():
+            if not self.policy.batch_norm or self._has_slow_target:
+                next_q_values = self.critic_target.q_values(self.critic_target.features(next_obs), next_actions)
+            next_q_values = next_q_values.amin(dim=0)
             next_values = soft_value(next_q_values, log_prob_a, ent_coef).unsqueeze(1)
             target = replay_data.rewards + (1 - replay_data.dones) * discounts * next_values
             sample_size = effective_sample_size(next_q_values, log_prob_a, ent_coef).mean()
 
-        q_values = th.stack(self.critic(replay_data.observations, replay_data.actions))
         critic_loss = 0.5 * (q_values - target).square().sum(dim=0).mean()
         critic_loss.backward()
         return {"critic_loss": critic_loss.detach(), "q_value": q_values.detach().mean(), "effective_sample_size": sample_size}
@@ -407,6 +416,11 @@ class SoftQ(MaximumEntropyAlgorithm):
         with th.no_grad():
             features = critic.features(obs)
         return critic.q_values(features, th.tanh(u)).amin(dim=0)
+
+    @property
+    def _has_slow_target(self) -> bool:
+        """Whether the target critics differ from the critics."""
+        return self.tau < 1.0 or self.target_update_interval > 1
 
     def _call(self, function: Callable[..., dict[str, th.Tensor]], *args: Any) -> dict[str, th.Tensor]:
         """

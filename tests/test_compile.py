@@ -16,7 +16,9 @@ from sb3_softq.checks import check_compiler
 
 
 def make(compile, policy="MlpPolicy", env="Pendulum-v1", **kwargs):
-    arguments = dict(learning_starts=8, batch_size=8, buffer_size=200, seed=0, policy_kwargs=dict(net_arch=[16]))
+    # eps: Adam would divide small gradients, and what was rounded in them, by their own size
+    policy_kwargs = dict(net_arch=[16], optimizer_kwargs=dict(eps=1e-3))
+    arguments = dict(learning_starts=8, batch_size=8, buffer_size=200, seed=0, policy_kwargs=policy_kwargs)
     return SoftQ(policy, env, compile=compile, device="cpu", **(arguments | kwargs))
 
 
@@ -28,11 +30,12 @@ def parameters(module):
     "kwargs",
     [
         dict(policy_delay=2, n_steps=3),
+        dict(tau=1.0, policy_kwargs=dict(net_arch=[16], batch_norm=True, optimizer_kwargs=dict(eps=1e-3))),
         dict(ORIGINAL, ent_coef=0.1, policy_kwargs=original_policy([16])),
         # one compiler run of a minute
         pytest.param(dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)), marks=pytest.mark.slow),
     ],
-    ids=["default", "original", "dict"],
+    ids=["default", "batch_norm", "original", "dict"],
 )
 def test_same_numbers(kwargs):
     pair = [make(compile, **kwargs) for compile in (False, True)]
@@ -43,7 +46,6 @@ def test_same_numbers(kwargs):
         assert model._n_updates == 4
     eager, compiled = (parameters(model.policy) - before for model in pair)
     assert eager.abs().max() > 1e-4
-    # Adam divides small gradients, and what was rounded in them, by their own size
     th.testing.assert_close(compiled, eager, rtol=0.02, atol=1e-5)
 
 

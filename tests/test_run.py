@@ -246,25 +246,81 @@ def test_annealing_reaches_the_actor_only():
     assert th.equal(results[0][1], results[1][1])
 
 
+def batch_normalised(net, x):
+    """In training mode: by the statistics of x itself."""
+    for layer in net:
+        if isinstance(layer, th.nn.BatchNorm1d):
+            x = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-3).sqrt() * layer.weight + layer.bias
+        else:
+            x = layer(x)
+    return x.squeeze(1)
+
+
 @pytest.mark.parametrize("n_steps", [1, 3])
-def test_critics_regress_on_the_discounted_soft_value(n_steps):
+@pytest.mark.parametrize(("tau", "batch_norm"), [(1.0, True), (0.5, True), (0.5, False)])
+def test_critics_regress_on_the_discounted_soft_value(n_steps, tau, batch_norm):
     """The critic loss, from the replayed transitions and the equations alone."""
-    model = make(n_steps=n_steps, gamma=0.9, ent_coef=0.2, n_value_particles=3).learn(60)
+    policy_kwargs = dict(net_arch=[16], batch_norm=batch_norm)
+    settings = dict(gamma=0.9, ent_coef=0.2, n_value_particles=3, policy_kwargs=policy_kwargs)
+    model = make(n_steps=n_steps, tau=tau, **settings).learn(60)
     assert isinstance(model.replay_buffer, NStepReplayBuffer) == (n_steps > 1)
     data = model.replay_buffer.sample(16)
     with th.no_grad():
         th.manual_seed(1)
         u, log_prob = model._propose(data.next_observations, 3)
-        next_q_values = th.stack(
-            [th.cat(model.critic_target(data.next_observations, th.tanh(u[:, k])), dim=1).amin(dim=1) for k in range(3)]
-        )
+        pairs = th.cat([data.observations, data.actions], dim=1)
+        next_pairs = [th.cat([data.next_observations, th.tanh(u[:, k])], dim=1) for k in range(3)]
+        nets = model.critic.q_networks
+        if batch_norm:
+            # all in one batch
+            q_values = [batch_normalised(net, th.cat([pairs, *next_pairs])).split(16) for net in nets]
+        else:
+            q_values = [(net(pairs).squeeze(1),) for net in nets]
+        if tau == 1.0:
+            next_q_values = th.stack([th.stack(q[1:]) for q in q_values]).amin(dim=0)
+        else:
+            targets = model.critic_target.eval().q_networks
+            next_q_values = th.stack([th.stack([net(x).squeeze(1) for x in next_pairs]) for net in targets]).amin(dim=0)
         value = 0.2 * (next_q_values / 0.2 - log_prob.T).exp().mean(dim=0).log()
         discounts = data.discounts.squeeze(1) if n_steps > 1 else 0.9
         target = data.rewards.squeeze(1) + (1 - data.dones.squeeze(1)) * discounts * value
-        expected = sum(0.5 * (q.squeeze(1) - target).square().mean() for q in model.critic(data.observations, data.actions))
+        expected = sum(0.5 * (q[0] - target).square().mean() for q in q_values)
+    model.policy.set_training_mode(True)
     th.manual_seed(1)
     stats = model._update_critic(data, model._ent_coef_tensor())
     th.testing.assert_close(stats["critic_loss"], expected)
+
+
+def test_running_statistics_of_the_critics():
+    """Learned from both halves of the critics' pass; what is asked apart from it uses them and leaves them alone."""
+    model = make(n_value_particles=3, tau=1.0, policy_kwargs=dict(batch_norm=True)).learn(20)
+    critic = model.critic
+    data = model.replay_buffer.sample(16)
+    inputs = []
+    hook = critic.q_networks[0].register_forward_pre_hook(lambda net, args: inputs.append(args[0].detach()))
+    norm = critic.q_networks[0][0]
+    before = norm.running_mean.clone()
+    model.policy.set_training_mode(True)
+    model._update_critic(data, model._ent_coef_tensor())
+    hook.remove()
+    (pairs,) = inputs
+    assert pairs.shape == (16 * 4, 4)
+    assert th.equal(pairs[:16], th.cat([data.observations, data.actions], dim=1))
+    assert th.equal(pairs[16:, :3], data.next_observations.repeat_interleave(3, dim=0))
+    th.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * pairs.mean(dim=0))
+
+    statistics = [buffer.clone() for buffer in critic.buffers()]
+    model._update_actor(data.observations, model._ent_coef_tensor())
+    actions = th.rand(16, 5, 1) * 2 - 1
+    q_values = [critic.q_values(critic.features(data.observations), actions)]
+    model.policy.set_training_mode(False)
+    q_values.append(critic.q_values(critic.features(data.observations), actions))
+    assert all(th.equal(*pair) for pair in zip(statistics, critic.buffers(), strict=True))
+    pairs = th.cat([data.observations.unsqueeze(1).expand(-1, 5, -1), actions], dim=2)
+    # the modules themselves, in evaluation mode, one pair at a time
+    expected = th.stack([th.stack([net(pair) for pair in pairs.unbind(1)], dim=1).squeeze(2) for net in critic.q_networks])
+    for values in q_values:
+        th.testing.assert_close(values, expected)
 
 
 def test_target_update_interval():
