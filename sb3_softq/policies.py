@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch as th
@@ -21,7 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_softq.checks import check_flag, check_integer, check_net_arch, check_number
+from sb3_softq.checks import check_flag, check_integer, check_net_arch, check_number, check_type
 from sb3_softq.soft_value import local_log_std, mixture_mode
 
 Smoothing = Literal["learned", "local", "none"]
@@ -80,6 +79,16 @@ def _fold(norm: nn.BatchNorm1d, weight: th.Tensor, bias: th.Tensor) -> tuple[th.
     assert norm.running_var is not None
     scale = norm.weight * th.rsqrt(norm.running_var + norm.eps)
     return weight * scale, bias + F.linear(norm.bias - norm.running_mean * scale, weight)
+
+
+def _normalised(net: nn.Module) -> nn.Sequential:
+    """The layers of a network, with batch normalisation before each linear one."""
+    layers: list[nn.Module] = []
+    for layer in net.children():
+        if isinstance(layer, nn.Linear):
+            layers.append(nn.BatchNorm1d(layer.in_features, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM))
+        layers.append(layer)
+    return nn.Sequential(*layers)
 
 
 class SamplingActor(BasePolicy):
@@ -277,24 +286,11 @@ class ParticleCritic(ContinuousCritic):
     :param batch_norm: Whether to normalise
     """
 
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        net_arch: list[int],
-        features_extractor: BaseFeaturesExtractor,
-        features_dim: int,
-        activation_fn: type[nn.Module] = nn.ReLU,
-        batch_norm: bool = False,
-        **kwargs: Any,
-    ):
-        super().__init__(observation_space, action_space, net_arch, features_extractor, features_dim, activation_fn, **kwargs)
+    def __init__(self, *args: Any, batch_norm: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         if batch_norm:
-            input_dim = features_dim + get_action_dim(action_space)
-            norm: Any = partial(nn.BatchNorm1d, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
-            for i in range(self.n_critics):
-                layers = create_mlp(input_dim, 1, net_arch, activation_fn, pre_linear_modules=[norm])
-                self.q_networks[i] = nn.Sequential(*layers)
+            for i, net in enumerate(self.q_networks):
+                self.q_networks[i] = _normalised(net)
                 self.add_module(f"qf{i}", self.q_networks[i])
 
     def features(self, obs: PyTorchObs) -> th.Tensor:
@@ -407,6 +403,8 @@ class SoftQPolicy(BasePolicy):
         check_integer("n_critics", n_critics, 1)
         check_number("log_std_init", log_std_init)
         check_flag("batch_norm", batch_norm)
+        check_type("optimizer_kwargs", optimizer_kwargs, (dict,), "a dict")
+        check_type("features_extractor_kwargs", features_extractor_kwargs, (dict,), "a dict")
         self.net_arch = dict(pi=[256], qf=[256, 256]) if net_arch is None else net_arch
         check_net_arch("net_arch", self.net_arch, keys={"pi", "qf"})
         check_net_arch("head_arch", head_arch)

@@ -309,16 +309,15 @@ class SoftQ(MaximumEntropyAlgorithm):
         # For n-step replay, discount factor is gamma**n_steps (when no early termination)
         discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
         next_obs = replay_data.next_observations
-        with th.no_grad():
-            u, log_prob_a = self._propose(next_obs, self.n_value_particles)
-            next_actions = th.tanh(u)
+        u, log_prob_a = self._propose(next_obs, self.n_value_particles)
+        next_actions = th.tanh(u)
         obs, actions = replay_data.observations, replay_data.actions
         if self.policy.batch_norm:
             q_values, next_q_values = self.critic.joint_q_values(obs, actions, next_obs, next_actions)
         else:
             q_values = th.stack(self.critic(obs, actions))
         with th.no_grad():
-            if not self.policy.batch_norm or self._has_slow_target:
+            if self._has_target:
                 next_q_values = self.critic_target.q_values(self.critic_target.features(next_obs), next_actions)
             next_q_values = next_q_values.amin(dim=0)
             next_values = soft_value(next_q_values, log_prob_a, ent_coef).unsqueeze(1)
@@ -382,6 +381,7 @@ class SoftQ(MaximumEntropyAlgorithm):
             "smoothing_std": log_std.detach().exp().mean(),
         }
 
+    @th.no_grad()
     def _propose(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
         """
         Draw the particles of the soft value.
@@ -418,9 +418,9 @@ class SoftQ(MaximumEntropyAlgorithm):
         return critic.q_values(features, th.tanh(u)).amin(dim=0)
 
     @property
-    def _has_slow_target(self) -> bool:
-        """Whether the target critics differ from the critics."""
-        return self.tau < 1.0 or self.target_update_interval > 1
+    def _has_target(self) -> bool:
+        """Whether the soft value is that of the target critics: not where critics with batch normalisation are their own."""
+        return not self.policy.batch_norm or self.tau < 1.0 or self.target_update_interval > 1
 
     def _call(self, function: Callable[..., dict[str, th.Tensor]], *args: Any) -> dict[str, th.Tensor]:
         """

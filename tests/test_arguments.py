@@ -264,6 +264,10 @@ def test_policy_kwargs_is_a_dict(value):
         ("net_arch", {"pi": [4], "qf": [-1]}),
         ("smoothing", "Learned"),
         ("smoothing", None),
+        ("batch_norm", 1),
+        ("batch_norm", None),
+        ("optimizer_kwargs", "eps=1e-3"),
+        ("features_extractor_kwargs", 3),
     ],
 )
 def test_policy_arguments(name, value):

@@ -17,7 +17,7 @@ from sb3_softq.checks import check_compiler
 
 def make(compile, policy="MlpPolicy", env="Pendulum-v1", **kwargs):
     # eps: Adam would divide small gradients, and what was rounded in them, by their own size
-    policy_kwargs = dict(net_arch=[16], optimizer_kwargs=dict(eps=1e-3))
+    policy_kwargs = dict(net_arch=[16], optimizer_kwargs=dict(eps=1e-3)) | kwargs.pop("policy_kwargs", {})
     arguments = dict(learning_starts=8, batch_size=8, buffer_size=200, seed=0, policy_kwargs=policy_kwargs)
     return SoftQ(policy, env, compile=compile, device="cpu", **(arguments | kwargs))
 
@@ -30,7 +30,7 @@ def parameters(module):
     "kwargs",
     [
         dict(policy_delay=2, n_steps=3),
-        dict(tau=1.0, policy_kwargs=dict(net_arch=[16], batch_norm=True, optimizer_kwargs=dict(eps=1e-3))),
+        dict(tau=1.0, policy_kwargs=dict(batch_norm=True)),
         dict(ORIGINAL, ent_coef=0.1, policy_kwargs=original_policy([16])),
         # one compiler run of a minute
         pytest.param(dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)), marks=pytest.mark.slow),
