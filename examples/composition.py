@@ -7,6 +7,7 @@ Two agents, composed without new data: one knows the goals right and up, the oth
 import argparse
 import csv
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -23,8 +24,9 @@ RIGHT, UP, DOWN = (5.0, 0.0), (0.0, 5.0), (0.0, -5.0)
 
 def train(goals: list[tuple[float, float]], steps: int, seed: int) -> SoftQ:
     env = gym.make("sb3_softq/MultiGoal-v0", goals=goals)
-    settings = dict(ent_coef=10.0, learning_rate=1e-3, batch_size=64, buffer_size=100_000, tau=0.01)
-    return SoftQ("MlpPolicy", env, **settings, seed=seed, device="cpu").learn(steps)  # type: ignore[arg-type]
+    settings: dict[str, Any] = dict(ent_coef=10.0, learning_rate=1e-3, batch_size=64, buffer_size=100_000, tau=0.01)
+    settings |= dict(policy_kwargs=dict(batch_norm=False), seed=seed, device="cpu")
+    return SoftQ("MlpPolicy", env, **settings).learn(steps)
 
 
 def main() -> None:

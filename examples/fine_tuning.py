@@ -99,7 +99,7 @@ def main() -> None:
         writer.writerow(["agent", "direction", "seed", "step", "return"])
         for seed in args.seeds:
             settings = {name: SETTINGS | dict(seed=seed) for name in ALGORITHMS}
-            settings["SoftQ"] |= dict(compile=args.compile, tau=0.02)
+            settings["SoftQ"] |= dict(compile=args.compile, learning_rate=3e-4, tau=0.02, policy_kwargs=dict(batch_norm=False))
             starts: dict[str, tuple[str, Path | None]] = {"SoftQ from scratch": ("SoftQ", None)}
             for name, cls in ALGORITHMS.items():
                 path = Path(folder) / name

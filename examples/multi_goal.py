@@ -57,7 +57,9 @@ def main() -> None:
         for seed in args.seeds:
             first = seed == args.seeds[0]
             callback = PlotCallback(draw_rollouts, args.frames, max(args.steps // 20, 1)) if first and args.frames else None
-            softq = SoftQ("MlpPolicy", ENV, **SETTINGS, seed=seed, device="cpu").learn(args.steps, callback)
+            softq = SoftQ("MlpPolicy", ENV, **SETTINGS, policy_kwargs=dict(batch_norm=False), seed=seed, device="cpu").learn(
+                args.steps, callback
+            )
             sac = SAC("MlpPolicy", ENV, **SETTINGS, seed=seed, device="cpu").learn(args.steps)
             for name, model in (("SoftQ", softq), ("SAC", sac)):
                 counts = goal_counts(model, MultiGoalEnv())

@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = dict(
     batch_size=128,
     tau=0.02,
     gamma=0.98,
-    policy_kwargs=dict(net_arch=[128, 128]),
+    policy_kwargs=dict(net_arch=[128, 128], batch_norm=False),
     device="cpu",
 )
 # Nothing is explored any more

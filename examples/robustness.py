@@ -25,7 +25,10 @@ from sb3_softq import SoftQ
 from sb3_softq.plots import new_figure
 
 OUT = Path(__file__).parent / "results" / "robustness.png"
-ALGORITHMS: dict[str, Any] = {"SoftQ": partial(SoftQ, tau=0.02), "SAC": SAC}
+ALGORITHMS: dict[str, Any] = {
+    "SoftQ": partial(SoftQ, learning_rate=3e-4, tau=0.02, policy_kwargs=dict(batch_norm=False)),
+    "SAC": SAC,
+}
 
 
 class Pushed(gym.Wrapper):

@@ -53,7 +53,8 @@ class SoftQ(MaximumEntropyAlgorithm):
     pi(a|s) = exp((Q(s, a) - V(s)) / alpha) whose actor is a sampler, and therefore keeps several good ways of acting.
 
     The critic regresses on r + gamma V(s') with the soft value V estimated from particles
-    (:func:`sb3_softq.soft_value.soft_value`), the actor follows amortized Stein variational gradient descent
+    (:func:`sb3_softq.soft_value.soft_value`). It has batch normalisation and no target networks, as in CrossQ
+    (Bhatt et al. 2024, https://arxiv.org/abs/1902.05605). The actor follows amortized Stein variational gradient descent
     (:func:`sb3_softq.stein.stein_direction`), and the temperature adapts to a target entropy as in SAC.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
@@ -64,7 +65,8 @@ class SoftQ(MaximumEntropyAlgorithm):
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update
     :param tau: the soft update coefficient ("Polyak update", between 0 and 1) of the target critics. With 1 the critics
-        are their own target, as in CrossQ, for which they need batch normalisation (``policy_kwargs=dict(batch_norm=True)``)
+        are their own target, for which they need batch normalisation; SAC's, without it, is
+        ``tau=0.005, learning_rate=3e-4, policy_kwargs=dict(batch_norm=False)``
     :param gamma: the discount factor
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
         like ``(5, "step")`` or ``(2, "episode")``.
@@ -135,11 +137,11 @@ class SoftQ(MaximumEntropyAlgorithm):
         self,
         policy: str | type[SoftQPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule = 1e-3,
         buffer_size: int = 1_000_000,  # 1e6
         learning_starts: int = 100,
         batch_size: int = 256,
-        tau: float = 0.005,
+        tau: float = 1.0,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,

@@ -58,7 +58,9 @@ def make_pair(learning_rate, target_update_interval=1000):
         kernel_update_ratio=0.5,
         annealing=1.0,
         ent_coef=ALPHA,
-        policy_kwargs=dict(net_arch=dict(pi=[], qf=[24, 16]), head_arch=[24, 16], n_critics=1, smoothing="none"),
+        policy_kwargs=dict(
+            net_arch=dict(pi=[], qf=[24, 16]), head_arch=[24, 16], n_critics=1, smoothing="none", batch_norm=False
+        ),
         seed=0,
         device="cpu",
     )

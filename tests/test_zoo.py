@@ -160,13 +160,16 @@ def test_sampler():
     for _ in range(10):
         trial = study.ask()
         kwargs = sample_softq_params(trial, 1, 1, {})
-        drawn.add(kwargs["tau"])
+        drawn.add((kwargs["learning_rate"], kwargs["policy_kwargs"]["batch_norm"]))
+        # no target networks where the critics are normalised
+        assert (kwargs["tau"] == 1.0) == trial.params["batch_norm"]
         model = SoftQ("MlpPolicy", "Pendulum-v1", learning_starts=4, device="cpu", **kwargs).learn(6)
         assert model.target_entropy == trial.params["target_entropy_per_dim"]
         # what a stored trial is converted to: the same, but for the target that needs the dimension
         stored = convert_softq_params(trial.params)
         assert stored == {key: value for key, value in kwargs.items() if key != "target_entropy"}
     assert len(drawn) == 10
+    assert {batch_norm for _, batch_norm in drawn} == {True, False}
 
 
 def test_sampler_for_discrete_actions():
@@ -209,7 +212,7 @@ def test_search(tmp_path):
         *("train", "--algo", "softq", "--env", "Pendulum-v1", "-n", 110, "-f", tmp_path, "--eval-freq", -1),
         *("--storage", storage, "--study-name", "test", "--trial-id", 1),
     )
-    assert str(study.trials[1].params["tau"]) in output
+    assert str(study.trials[1].params["learning_rate"]) in output
 
 
 @pytest.mark.slow

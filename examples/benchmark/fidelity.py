@@ -21,6 +21,7 @@ from sb3_softq import SoftQ
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "no batch normalisation": dict(tau=0.005, policy_kwargs={"batch_norm": False}),
     "no further particles in the density": dict(n_density_particles=0),
     "delta kernel": dict(kernel="delta"),
     "noise enters the first layer": dict(policy_kwargs={"net_arch": {"pi": [], "qf": [64, 64]}, "head_arch": [64, 64]}),

@@ -3,6 +3,7 @@
 from typing import Any
 
 ORIGINAL: dict[str, Any] = dict(
+    learning_rate=3e-4,
     tau=1.0,
     target_update_interval=1000,
     proposal="uniform",
@@ -19,6 +20,6 @@ ORIGINAL: dict[str, Any] = dict(
 def original_policy(net_arch: list[int]) -> dict[str, Any]:
     """
     :param net_arch: Hidden layers of actor and critic
-    :return: ``policy_kwargs``: one critic, and an actor that is a plain function of state and noise
+    :return: ``policy_kwargs``: one critic without normalisation, and an actor that is a plain function of state and noise
     """
-    return dict(net_arch=dict(pi=[], qf=net_arch), head_arch=net_arch, n_critics=1, smoothing="none")
+    return dict(net_arch=dict(pi=[], qf=net_arch), head_arch=net_arch, n_critics=1, smoothing="none", batch_norm=False)

@@ -22,10 +22,12 @@ def sample_softq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additi
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
         "ent_coef_init": trial.suggest_float("ent_coef_init", 0.01, 1.0, log=True),
         "ent_coef_learning_rate": trial.suggest_float("ent_coef_learning_rate", 1e-4, 1e-2, log=True),
-        "tau": trial.suggest_float("tau", 0.003, 0.05, log=True),
         "batch_size_pow": trial.suggest_int("batch_size_pow", 6, 9),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
     }
+    # Critics with batch normalisation have no target networks
+    if n_actions == 0 or not trial.suggest_categorical("batch_norm", [True, False]):
+        params["tau"] = trial.suggest_float("tau", 0.003, 0.05, log=True)
     if n_actions == 0:
         params["target_entropy"] = trial.suggest_float("target_entropy", 0.005, 0.5, log=True)
         return convert_softq_params(params)
@@ -54,7 +56,7 @@ def convert_softq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         "ent_coef": f"auto_{sampled_params['ent_coef_init']:.6g}",
         "ent_coef_learning_rate": sampled_params["ent_coef_learning_rate"],
         "gamma": 1 - sampled_params["one_minus_gamma"],
-        "tau": sampled_params["tau"],
+        "tau": sampled_params.get("tau", 1.0),
         "batch_size": 2 ** sampled_params["batch_size_pow"],
     }
     if "target_entropy" in sampled_params:
@@ -63,7 +65,11 @@ def convert_softq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         "actor_learning_rate": learning_rate * sampled_params["actor_learning_rate_factor"],
         "n_value_particles": 2 ** sampled_params["value_particles_pow"],
         "n_actor_particles": 2 ** sampled_params["actor_particles_pow"],
-        "policy_kwargs": {"net_arch": {"pi": net_arch[:1], "qf": net_arch}, "log_std_init": sampled_params["log_std_init"]},
+        "policy_kwargs": {
+            "net_arch": {"pi": net_arch[:1], "qf": net_arch},
+            "log_std_init": sampled_params["log_std_init"],
+            "batch_norm": "tau" not in sampled_params,
+        },
     }
     if "n_actions" in sampled_params:
         result["target_entropy"] = sampled_params["target_entropy_per_dim"] * sampled_params["n_actions"]
