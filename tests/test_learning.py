@@ -22,6 +22,6 @@ def test_pendulum():
 
 @pytest.mark.slow
 def test_half_cheetah():
-    """SAC is below 0 at this point; a random policy gets about -280."""
-    for mean_return in learn("HalfCheetah-v4", 20_000, learning_starts=1_000, tau=0.02):
-        assert mean_return > 500
+    """SAC is below 0 at twice as many steps; a random policy gets about -280."""
+    for mean_return in learn("HalfCheetah-v4", 10_000, learning_starts=1_000):
+        assert mean_return > 1_000

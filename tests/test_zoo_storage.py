@@ -86,4 +86,4 @@ def test_a_killed_worker_leaves_its_trial_to_the_other(database, tmp_path):
     assert [trial.number for trial in failed] == [interrupted.number]
     assert len(trials) == N_TRIALS + 1
     assert len({trial.params["learning_rate"] for trial in complete}) == N_TRIALS
-    assert failed[0].params["learning_rate"] in {trial.params["tau"] for trial in complete}
+    assert failed[0].params["learning_rate"] in {trial.params["learning_rate"] for trial in complete}
