@@ -100,6 +100,7 @@ def agents() -> dict[str, Callable[[], Any] | None]:
         ", compiled, bfloat16": dict(compile=True, bfloat16=True),
     }
     rows: dict[str, Callable[[], Any] | None] = {f"SoftQ{name}": row(SoftQ, {}, **option) for name, option in options.items()}
+    rows["SoftQ, no batch normalisation"] = row(SoftQ, dict(batch_norm=False), tau=0.005)
     rows["SoftQ, compiled, policy_delay=2"] = row(SoftQ, {}, compile=True, policy_delay=2)
     rows |= {cls.__name__: row(cls) for cls in (SAC, TD3, TQC, CrossQ)}
     rows["SAC of sbx"] = row(SBX_SAC) if SBX_SAC is not None else None
