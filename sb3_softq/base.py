@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_softq.checks import (
+    MAX_LEARNING_RATE,
     check_auto,
     check_class,
     check_device,
@@ -140,9 +141,13 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             check_integer("seed", self.seed, 0, 2**32 - 1)
         check_train_freq(self.train_freq, self.n_envs)
         # The RL Zoo loads agents that are only to act with a learning rate of 0
-        check_schedule("learning_rate", self.learning_rate, 0.0, open_low=not self._is_loaded, may_end_at_low=True)
+        check_schedule(
+            "learning_rate", self.learning_rate, 0.0, open_low=not self._is_loaded, may_end_at_low=True, high=MAX_LEARNING_RATE
+        )
         if self.ent_coef_learning_rate is not None:
-            check_schedule("ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0, may_end_at_low=True)
+            check_schedule(
+                "ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0, may_end_at_low=True, high=MAX_LEARNING_RATE
+            )
         for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "stats_window_size"):
             check_integer(name, getattr(self, "_" * (name == "stats_window_size") + name), 1)
         check_integer("learning_starts", self.learning_starts, 0)

@@ -12,6 +12,9 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_device
 
+# Of a learning rate: Adam divides it by 1 - beta1 before it becomes single precision
+MAX_LEARNING_RATE = 1e6
+
 
 class UnsupportedSpaceError(ValueError, AssertionError):
     """A space that an algorithm cannot have: a ValueError, and the AssertionError that Stable-Baselines3 raises there."""
@@ -74,7 +77,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
 
 
 def check_schedule(
-    name: str, value: float | Schedule, low: float, open_low: bool = True, may_end_at_low: bool = False
+    name: str, value: float | Schedule, low: float, open_low: bool = True, may_end_at_low: bool = False, high: float = math.inf
 ) -> None:
     """
     :param name: Name of the argument
@@ -82,10 +85,11 @@ def check_schedule(
     :param low: Lower bound
     :param open_low: Whether the lower bound itself is not allowed
     :param may_end_at_low: Whether a function may end at the lower bound even where a constant may not be it
-    :raises ValueError: if a value is not a finite number above the bound
+    :param high: Upper bound, allowed itself
+    :raises ValueError: if a value is not a finite number between the bounds
     """
     if not callable(value):
-        check_number(name, value, low, open_low=open_low)
+        check_number(name, value, low, high, open_low=open_low)
         return
     for progress_remaining in (1.0, 0.0):
         try:
@@ -93,7 +97,7 @@ def check_schedule(
         except (TypeError, ValueError) as error:
             raise _refuse(name, value, "a number, or a function of the progress remaining that returns one") from error
         at_end = may_end_at_low and progress_remaining == 0.0
-        check_number(f"{name}({progress_remaining:g})", number, low, open_low=open_low and not at_end)
+        check_number(f"{name}({progress_remaining:g})", number, low, high, open_low=open_low and not at_end)
 
 
 def check_train_freq(value: Any, n_envs: int) -> None:
