@@ -13,7 +13,7 @@ from stable_baselines3.common.type_aliases import Schedule, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_device
 
 # Of a learning rate: Adam divides it by 1 - beta1 before it becomes single precision
-MAX_LEARNING_RATE = 1e6
+MAX_LEARNING_RATE = 1e30
 
 
 class UnsupportedSpaceError(ValueError, AssertionError):

@@ -328,6 +328,11 @@ def test_diverged_training_stops():
         make(learning_rate=1e30).learn(20)
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "actor_learning_rate", "ent_coef_learning_rate"])
+def test_learning_rates_that_overflow(name):
+    refused(name, 3e37)
+
+
 WRONG_TYPES: dict[str, list[Any]] = {
     "action_noise": [0.1, "normal"],
     "replay_buffer_class": ["HerReplayBuffer", dict, 3],
