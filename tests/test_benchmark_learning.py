@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def call(folder: Path, *args: str) -> str:
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def wait_until(condition, process: subprocess.Popen | None = None) -> None:
@@ -93,6 +101,15 @@ def test_killed_run_continues(tmp_path: Path):
     rows = read(tmp_path / "results" / "both.csv")
     assert len(rows) == 2 * STEPS // EVAL_FREQ
     assert {row["algo"] for row in rows} == {"softq", "sac"}
+
+    # what the logs still have replaces its rows, what they have no longer is kept
+    sac_rows = [row for row in rows if row["algo"] == "sac"]
+    shutil.rmtree(tmp_path / "logs" / name.format("sac"))
+    write_rows(tmp_path / "results" / "both.csv", [*sac_rows, *(row | {"hours": "99"} for row in rows if row not in sac_rows)])
+    call(tmp_path, "collect", "--name", "both", "--logs", "logs", "--out", "results", "--update")
+    assert read(tmp_path / "results" / "both.csv") == rows
+    call(tmp_path, "collect", "--name", "both", "--logs", "logs", "--out", "results")
+    assert read(tmp_path / "results" / "both.csv") == [row for row in rows if row["algo"] == "softq"]
 
     process = start(tmp_path, *(str(2 * STEPS) if arg == str(STEPS) else arg for arg in RUN))
     assert "choose another --label" in process.communicate()[0]

@@ -279,10 +279,17 @@ def collect(args: argparse.Namespace) -> None:
             print(f"Warning: the seeds of {label} on {env} were trained with different arguments or versions (config.json)")
     if unfinished:
         print(f"Warning: unfinished: {', '.join(unfinished)}")
-    rows.sort(key=lambda row: (row["label"], row["env"], int(row["seed"]), int(row["step"])))
     out = args.out / f"{args.name}.csv"
+    if args.update:
+        collected = {name_run(row) for row in rows}
+        rows += [row for row in read_rows(out) if name_run(row) not in collected]
+    rows.sort(key=lambda row: (row["label"], row["env"], int(row["seed"]), int(row["step"])))
     write_rows(out, rows)
-    print(f"{len(rows)} evaluations of {len({(row['label'], row['env'], row['seed']) for row in rows})} runs: {out}")
+    print(f"{len(rows)} evaluations of {len({name_run(row) for row in rows})} runs: {out}")
+
+
+def name_run(row: dict[str, str]) -> tuple[str, str, str]:
+    return row["label"], row["env"], row["seed"]
 
 
 # ------------------------------------------------------------------ command line
@@ -338,6 +345,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--name", required=True, help="name of the CSV")
     command.add_argument("--labels", nargs="+", help="only these (default: all)")
     command.add_argument("--envs", nargs="+", help="only these (default: all)")
+    command.add_argument("--update", action="store_true", help="keep what the CSV has of other runs, from other machines say")
     command.add_argument("--logs", type=Path, default=LOGS)
     command.add_argument("--out", type=Path, default=HERE / "results", help="folder of the CSV")
 
