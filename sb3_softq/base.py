@@ -21,7 +21,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_softq.checks import (
-    MAX_LEARNING_RATE,
     check_auto,
     check_class,
     check_device,
@@ -29,6 +28,7 @@ from sb3_softq.checks import (
     check_flag,
     check_integer,
     check_keywords,
+    check_learning_rate,
     check_number,
     check_observation_space,
     check_parameters,
@@ -141,13 +141,9 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             check_integer("seed", self.seed, 0, 2**32 - 1)
         check_train_freq(self.train_freq, self.n_envs)
         # The RL Zoo loads agents that are only to act with a learning rate of 0
-        check_schedule(
-            "learning_rate", self.learning_rate, 0.0, open_low=not self._is_loaded, may_end_at_low=True, high=MAX_LEARNING_RATE
-        )
+        check_learning_rate("learning_rate", self.learning_rate, may_be_zero=self._is_loaded)
         if self.ent_coef_learning_rate is not None:
-            check_schedule(
-                "ent_coef_learning_rate", self.ent_coef_learning_rate, 0.0, may_end_at_low=True, high=MAX_LEARNING_RATE
-            )
+            check_learning_rate("ent_coef_learning_rate", self.ent_coef_learning_rate)
         for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "stats_window_size"):
             check_integer(name, getattr(self, "_" * (name == "stats_window_size") + name), 1)
         check_integer("learning_starts", self.learning_starts, 0)

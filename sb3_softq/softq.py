@@ -16,12 +16,12 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import (
-    MAX_LEARNING_RATE,
     check_action_space,
     check_choice,
     check_compiler,
     check_flag,
     check_integer,
+    check_learning_rate,
     check_number,
     check_schedule,
 )
@@ -229,7 +229,7 @@ class SoftQ(MaximumEntropyAlgorithm):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         if self.actor_learning_rate is not None:
-            check_schedule("actor_learning_rate", self.actor_learning_rate, 0.0, may_end_at_low=True, high=MAX_LEARNING_RATE)
+            check_learning_rate("actor_learning_rate", self.actor_learning_rate)
         check_integer("policy_delay", self.policy_delay, 1)
         for name in ("n_value_particles", "n_actor_particles", "n_actor_states"):
             check_integer(name, getattr(self, name), 1)

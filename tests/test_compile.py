@@ -30,12 +30,12 @@ def parameters(module):
     "kwargs",
     [
         dict(policy_delay=2, n_steps=3),
-        dict(tau=1.0, policy_kwargs=dict(batch_norm=True)),
+        dict(tau=0.5),
         dict(ORIGINAL, ent_coef=0.1, policy_kwargs=original_policy([16])),
         # one compiler run of a minute
         pytest.param(dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)), marks=pytest.mark.slow),
     ],
-    ids=["default", "batch_norm", "original", "dict"],
+    ids=["default", "target", "original", "dict"],
 )
 def test_same_numbers(kwargs):
     pair = [make(compile, **kwargs) for compile in (False, True)]
