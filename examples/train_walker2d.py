@@ -211,7 +211,10 @@ def record(env_id: str, model_path: Path, video: Path, seed: int) -> None:
 
     try:
         model = SoftQ.load(model_path, device="cpu")
-        env = gym.make(env_id, render_mode="rgb_array")
+        # The default camera of gymnasium 1.4 stays where it is; of a MuJoCo task without this one it is the default again
+        is_mujoco = str(gym.spec(env_id).entry_point).startswith("gymnasium.envs.mujoco")
+        camera: dict[str, Any] = {"camera_name": "track"} if is_mujoco else {}
+        env = gym.make(env_id, render_mode="rgb_array", **camera)
         fps = env.metadata["render_fps"]
         stride = max(round(fps / VIDEO_FPS), 1)
         obs, _ = env.reset(seed=seed)

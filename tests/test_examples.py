@@ -46,6 +46,28 @@ def test_train_walker2d(tmp_path):
         assert str(tmp_path / name) in output
 
 
+def test_show_walker2d(tmp_path):
+    script = ROOT / "examples" / "show_walker2d.py"
+    gif = tmp_path / "walker.gif"
+    # the videos of the test above find one of MuJoCo's OpenGLs, so this is there
+    result = subprocess.run(
+        [sys.executable, str(script), "--gif", str(gif)],
+        env=environment(MUJOCO_GL=os.environ.get("MUJOCO_GL", "egl")),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    returns = result.stdout.split("deterministic actions, 10 episodes: ")[1].split()[0]
+    # an agent that falls has some hundreds
+    assert float(returns.replace(",", "")) > 3000
+    frames = imageio.mimread(gif, memtest=False)
+    assert len(frames) == 150
+    # the camera goes with the walker, which stands out before the sky in the middle of the last frame, too
+    sky = frames[-1][60:120, :, :3].astype(float)
+    assert np.abs(sky - np.median(sky, axis=1, keepdims=True)).max(axis=2)[:, 80:200].max() > 60
+
+
 def test_interrupt_and_resume(tmp_path):
     # a run of before, to be kept
     (tmp_path / "model.zip").write_text("precious")
