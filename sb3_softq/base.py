@@ -43,6 +43,22 @@ ENT_COEF_LEARNING_RATE = 1e-3
 SelfMaximumEntropy = TypeVar("SelfMaximumEntropy", bound="MaximumEntropyAlgorithm")
 
 
+@th.no_grad()
+def polyak_update(network: nn.Module, target: nn.Module, tau: float) -> None:
+    """
+    Move the target's weights towards the network's, target <- target + tau (network - target), all of them in one call, and
+    copy what is no weight.
+
+    :param network: What is followed
+    :param target: What follows, of the same structure
+    :param tau: In [0, 1]
+    """
+    th._foreach_lerp_(list(target.parameters()), list(network.parameters()), tau)
+    # Copy running stats, see https://github.com/DLR-RM/stable-baselines3/issues/996
+    for running, copied in zip(network.buffers(), target.buffers(), strict=True):
+        copied.copy_(running)
+
+
 class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
     """
     Off-policy algorithm with a temperature, fixed or learned, critics and target critics.
@@ -262,11 +278,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
 
     @th.no_grad()
     def _update_target(self) -> None:
-        """Polyak update of the target critics, all tensors in one call."""
-        th._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
-        # Copy running stats, see https://github.com/DLR-RM/stable-baselines3/issues/996
-        for running, target in zip(self.critic.buffers(), self.critic_target.buffers(), strict=True):
-            target.copy_(running)
+        polyak_update(self.critic, self.critic_target, self.tau)
 
     def _ent_coef_tensor(self) -> th.Tensor:
         """Current temperature, shape (1,), on the device."""

@@ -178,6 +178,7 @@ _ACTOR_ARGUMENTS = (
     "normalize_images",
 )
 _SHARED_SETTINGS = (
+    "actor_tau",
     "n_actor_particles",
     "n_actor_states",
     "n_density_particles",

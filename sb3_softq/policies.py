@@ -1,5 +1,6 @@
 """Policies of SoftQ: a sampling actor, particle critics, and the policy that holds both."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -344,7 +345,8 @@ class ParticleCritic(ContinuousCritic):
 
 class SoftQPolicy(BasePolicy):
     """
-    Policy class (sampling actor and particle critics) for SoftQ.
+    Policy class (sampling actor and particle critics) for SoftQ. The actor that is trained is ``actor``; the one that acts,
+    and gives the particles of the soft value, is ``averaged_actor``, an average of its weights over the last updates.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -369,6 +371,7 @@ class SoftQPolicy(BasePolicy):
     """
 
     actor: SamplingActor
+    averaged_actor: SamplingActor
     critic: ParticleCritic
     critic_target: ParticleCritic
 
@@ -420,6 +423,9 @@ class SoftQPolicy(BasePolicy):
         self.batch_norm = batch_norm
 
         self.actor = self.make_actor()
+        # Like the target, it never shares its features extractor
+        self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.averaged_actor.set_training_mode(False)
         self.critic = self.make_critic(self.actor.features_extractor if share_features_extractor else None)
         # The target never shares its features extractor
         self.critic_target = self.make_critic()
@@ -493,11 +499,12 @@ class SoftQPolicy(BasePolicy):
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.actor(observation, deterministic)
+        return self.averaged_actor(observation, deterministic)
 
     def set_training_mode(self, mode: bool) -> None:
         """
-        Put the policy in either training or evaluation mode. The target networks stay in evaluation mode.
+        Put the policy in either training or evaluation mode. The averaged actor and the target networks stay in
+        evaluation mode.
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """

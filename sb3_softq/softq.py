@@ -14,7 +14,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_softq.base import MaximumEntropyAlgorithm
+from sb3_softq.base import MaximumEntropyAlgorithm, polyak_update
 from sb3_softq.checks import (
     check_action_space,
     check_choice,
@@ -44,6 +44,8 @@ RepulsionName = Literal["density", "kernel"]
 ANNEALING = 20.0
 ANNEALING_PART = 2 / 3
 ANNEALING_UPDATES = 10_000
+# The averaged actor begins as the average over the last one of so many parts of the updates
+AVERAGING_PARTS = 9
 # Particles of the estimates that a user asks for, where accuracy counts more than speed
 N_QUERY_PARTICLES = 256
 
@@ -56,7 +58,8 @@ class SoftQ(MaximumEntropyAlgorithm):
     The critic regresses on r + gamma V(s') with the soft value V estimated from particles
     (:func:`sb3_softq.soft_value.soft_value`). It has batch normalisation and no target networks, as in CrossQ
     (Bhatt et al. 2024, https://arxiv.org/abs/1902.05605). The actor follows amortized Stein variational gradient descent
-    (:func:`sb3_softq.stein.stein_direction`), and the temperature adapts to a target entropy as in SAC.
+    (:func:`sb3_softq.stein.stein_direction`), and the temperature adapts to a target entropy as in SAC. What acts is an
+    average of the actor's weights over the last updates.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -84,6 +87,10 @@ class SoftQ(MaximumEntropyAlgorithm):
     :param target_entropy: Target of the policy's entropy in nats over the normalised box (-1, 1)^d when ``ent_coef`` is
         learned. ``"auto"`` is -d.
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps
+    :param actor_tau: Step, in (0, 1], of the averaged actor towards the one that is trained, after each of its updates. The
+        averaged actor acts and gives the particles of the soft value (the place of the target policy of DDPG and TD3).
+        It begins as an average over the last ninth of the updates, until this is longer than ``1 / actor_tau``.
+        1 does without
     :param policy_delay: Update the actor and the temperature once every ``policy_delay`` updates of the critics
     :param n_value_particles: Number K of particles per next state in the soft value
     :param n_actor_particles: Number of particles per state in an actor update
@@ -129,6 +136,7 @@ class SoftQ(MaximumEntropyAlgorithm):
     }
     policy: SoftQPolicy
     actor: SamplingActor
+    averaged_actor: SamplingActor
     critic: ParticleCritic
     critic_target: ParticleCritic
     action_space: spaces.Box
@@ -154,6 +162,7 @@ class SoftQ(MaximumEntropyAlgorithm):
         ent_coef: str | float | Schedule = "auto_0.1",
         target_entropy: str | float = "auto",
         target_update_interval: int = 1,
+        actor_tau: float = 1e-3,
         policy_delay: int = 1,
         n_value_particles: int = 2,
         n_actor_particles: int = 4,
@@ -207,6 +216,7 @@ class SoftQ(MaximumEntropyAlgorithm):
             device=device,
             seed=seed,
         )
+        self.actor_tau = actor_tau
         self.policy_delay = policy_delay
         self.n_value_particles = n_value_particles
         self.n_actor_particles = n_actor_particles
@@ -230,6 +240,7 @@ class SoftQ(MaximumEntropyAlgorithm):
         super()._check_arguments()
         if self.actor_learning_rate is not None:
             check_learning_rate("actor_learning_rate", self.actor_learning_rate)
+        check_number("actor_tau", self.actor_tau, 0.0, 1.0, open_low=True)
         check_integer("policy_delay", self.policy_delay, 1)
         for name in ("n_value_particles", "n_actor_particles", "n_actor_states"):
             check_integer(name, getattr(self, name), 1)
@@ -280,6 +291,7 @@ class SoftQ(MaximumEntropyAlgorithm):
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
+        self.averaged_actor = self.policy.averaged_actor
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
 
@@ -303,6 +315,8 @@ class SoftQ(MaximumEntropyAlgorithm):
         self.actor.optimizer.zero_grad()
         stats = self._call(SoftQ._actor_gradients, _slice(obs, 0, self.n_actor_states), ent_coef * self._annealing())
         self.actor.optimizer.step()
+        n_updates = self._n_updates / self.policy_delay
+        polyak_update(self.actor, self.averaged_actor, max(self.actor_tau, AVERAGING_PARTS / (n_updates + AVERAGING_PARTS)))
         # the quantity that the actor maximizes, with the sign of a loss
         loss = -(stats.pop("actor_q_value") + ent_coef * stats["entropy"])
         return {"actor_loss": loss, **stats}
@@ -394,7 +408,7 @@ class SoftQ(MaximumEntropyAlgorithm):
         :return: Pre-tanh actions, shape (batch_size, n_particles, action_dim), and the proposal's log-density over the
             normalised box, shape (batch_size, n_particles)
         """
-        actor = self.actor
+        actor = self.averaged_actor
         features = actor.features(obs)
         n_uniform = {"policy": 0, "mixture": n_particles // 2, "uniform": n_particles}[self.proposal]
         n_policy = n_particles - n_uniform
@@ -466,7 +480,7 @@ class SoftQ(MaximumEntropyAlgorithm):
         check_integer("n", n, 1)
         obs_tensor, vectorized = self._query(obs)
         with th.no_grad():
-            actions = th.tanh(self.actor.sample(obs_tensor, n)).cpu().numpy()
+            actions = th.tanh(self.averaged_actor.sample(obs_tensor, n)).cpu().numpy()
         actions = self.policy.unscale_action(actions.reshape(*actions.shape[:2], *self.action_space.shape))
         return actions if vectorized else actions[0]
 
@@ -558,8 +572,8 @@ class SoftQ(MaximumEntropyAlgorithm):
 
     def _density(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
         """Components of the policy's density, shapes (batch_size, n_particles, action_dim)."""
-        features = self.actor.features(obs)
-        return self.actor.components(features, n_particles)
+        features = self.averaged_actor.features(obs)
+        return self.averaged_actor.components(features, n_particles)
 
     def _actions_to_tensor(self, actions: np.ndarray, batch_size: int, vectorized: bool) -> tuple[th.Tensor, bool]:
         """Normalised actions, shape (batch_size, n, action_dim), and whether n was left out."""
@@ -585,7 +599,7 @@ class SoftQ(MaximumEntropyAlgorithm):
         return array if vectorized else array[0]
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor"]
+        return [*super()._excluded_save_params(), "actor", "averaged_actor"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()

@@ -48,6 +48,7 @@ def make_pair(learning_rate, target_update_interval=1000):
         batch_size=BATCH_SIZE,
         tau=1.0,
         target_update_interval=target_update_interval,
+        actor_tau=1.0,
         proposal="uniform",
         n_value_particles=16,
         n_actor_particles=16,

@@ -25,8 +25,8 @@ Candidate = Callable[[SoftQ, th.Tensor], th.Tensor]
 
 def bank(model: SoftQ, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """Centres and log standard deviations of the fixed bank of particles, shape (1, n_bank, action_dim)."""
-    features = model.actor.features(obs)
-    return model.actor.particles(features, model.actor.xi_bank.unsqueeze(0))
+    features = model.averaged_actor.features(obs)
+    return model.averaged_actor.particles(features, model.averaged_actor.xi_bank.unsqueeze(0))
 
 
 def q_values(model: SoftQ, obs: th.Tensor, u: th.Tensor) -> th.Tensor:
@@ -34,8 +34,8 @@ def q_values(model: SoftQ, obs: th.Tensor, u: th.Tensor) -> th.Tensor:
 
 
 def zero_noise(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    features = model.actor.features(obs)
-    return model.actor.particles(features, th.zeros(1, 1, model.actor.action_dim))[0][:, 0]
+    features = model.averaged_actor.features(obs)
+    return model.averaged_actor.particles(features, th.zeros(1, 1, model.averaged_actor.action_dim))[0][:, 0]
 
 
 def mode(model: SoftQ, obs: th.Tensor, densest: bool = False) -> th.Tensor:
@@ -61,7 +61,7 @@ def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
 
 
 CANDIDATES: dict[str, Candidate] = {
-    "a sample": lambda model, obs: model.actor.sample(obs)[:, 0],
+    "a sample": lambda model, obs: model.averaged_actor.sample(obs)[:, 0],
     "zero noise, mean-shift": mode,
     "densest of 32, mean-shift": lambda model, obs: mode(model, obs, densest=True),
     "mean particle": lambda model, obs: bank(model, obs)[0].mean(dim=1),

@@ -6,6 +6,7 @@ ORIGINAL: dict[str, Any] = dict(
     learning_rate=3e-4,
     tau=1.0,
     target_update_interval=1000,
+    actor_tau=1.0,
     proposal="uniform",
     n_value_particles=16,
     n_actor_particles=16,

@@ -75,7 +75,7 @@ class PlainPort(SoftQ):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.plain = PlainSoftQ(self.observation_space.shape[0], self.action_space.shape[0], NET["net_arch"])  # type: ignore[index]
-        self.policy.actor.head = self.plain.actor
+        self.policy.averaged_actor.head = self.plain.actor
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         for _ in range(gradient_steps):
