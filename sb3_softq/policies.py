@@ -345,8 +345,9 @@ class ParticleCritic(ContinuousCritic):
 
 class SoftQPolicy(BasePolicy):
     """
-    Policy class (sampling actor and particle critics) for SoftQ. The actor that is trained is ``actor``; the one that acts,
-    and gives the particles of the soft value, is ``averaged_actor``, an average of its weights over the last updates.
+    Policy class (sampling actor and particle critics) for SoftQ. ``actor`` is the one that is trained, and collects the data;
+    ``averaged_actor``, an average of its weights over the last updates, answers ``predict`` and gives the particles of the
+    soft value.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -426,6 +427,7 @@ class SoftQPolicy(BasePolicy):
         # Like the target, it never shares its features extractor
         self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.averaged_actor.set_training_mode(False)
+        self.exploring = False
         self.critic = self.make_critic(self.actor.features_extractor if share_features_extractor else None)
         # The target never shares its features extractor
         self.critic_target = self.make_critic()
@@ -499,7 +501,8 @@ class SoftQPolicy(BasePolicy):
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.averaged_actor(observation, deterministic)
+        actor = self.actor if self.exploring else self.averaged_actor
+        return actor(observation, deterministic)
 
     def set_training_mode(self, mode: bool) -> None:
         """

@@ -58,8 +58,8 @@ class SoftQ(MaximumEntropyAlgorithm):
     The critic regresses on r + gamma V(s') with the soft value V estimated from particles
     (:func:`sb3_softq.soft_value.soft_value`). It has batch normalisation and no target networks, as in CrossQ
     (Bhatt et al. 2024, https://arxiv.org/abs/1902.05605). The actor follows amortized Stein variational gradient descent
-    (:func:`sb3_softq.stein.stein_direction`), and the temperature adapts to a target entropy as in SAC. What acts is an
-    average of the actor's weights over the last updates.
+    (:func:`sb3_softq.stein.stein_direction`), and the temperature adapts to a target entropy as in SAC. An average of the
+    actor's weights over the last updates is the policy that was learned; the newest actor only explores.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -88,9 +88,9 @@ class SoftQ(MaximumEntropyAlgorithm):
         learned. ``"auto"`` is -d.
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps
     :param actor_tau: Step, in (0, 1], of the averaged actor towards the one that is trained, after each of its updates. The
-        averaged actor acts and gives the particles of the soft value (the place of the target policy of DDPG and TD3).
-        It begins as an average over the last ninth of the updates, until this is longer than ``1 / actor_tau``.
-        1 does without
+        averaged actor is what ``predict`` and the queries ask, and gives the particles of the soft value (the place of the
+        target policy of DDPG and TD3); training collects its data with the other. It begins as an average over the last
+        ninth of the updates, until this is longer than ``1 / actor_tau``. 1 does without
     :param policy_delay: Update the actor and the temperature once every ``policy_delay`` updates of the critics
     :param n_value_particles: Number K of particles per next state in the soft value
     :param n_actor_particles: Number of particles per state in an actor update
@@ -296,6 +296,14 @@ class SoftQ(MaximumEntropyAlgorithm):
         self.critic_target = self.policy.critic_target
 
     # ------------------------------------------------------------------ training
+
+    def _sample_action(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The trained actor collects: an average that hardly moves tries less, and its critics hear late of their errors."""
+        self.policy.exploring = True
+        try:
+            return super()._sample_action(*args, **kwargs)
+        finally:
+            self.policy.exploring = False
 
     def _update_networks(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         stats = self._update_critic(replay_data, ent_coef)
