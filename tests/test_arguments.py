@@ -97,6 +97,11 @@ def test_bounds_of_fractions_are_allowed(name, value):
     assert make(**{name: value}).learn(10)._n_updates > 0
 
 
+@pytest.mark.parametrize("value", [0.0, -0.1, 1.1, NAN, INF, "auto", None, True])
+def test_actor_tau(value):
+    assert "a finite number > 0.0 and <= 1.0" in refused("actor_tau", value)
+
+
 POSITIVE = ("learning_rate", "actor_learning_rate", "ent_coef_learning_rate", "ent_coef", "bandwidth")
 
 
@@ -442,6 +447,7 @@ ARGUMENTS = {
     "target_entropy": numbers,
     "bandwidth": numbers,
     "tau": numbers,
+    "actor_tau": numbers,
     "gamma": numbers,
     "kernel_update_ratio": numbers,
     **dict.fromkeys(INTEGERS, sizes),

@@ -1,5 +1,6 @@
 """SoftQ trains with every option, policy, space and wrapper that Stable-Baselines3 offers an off-policy algorithm."""
 
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -55,7 +56,7 @@ def flat(module):
 
 def check_training(model, n_timesteps=24):
     """Train: actor, critic and target move, and everything that is learned or logged is finite."""
-    modules = [model.actor, model.critic, model.critic_target]
+    modules = [model.actor, model.averaged_actor, model.critic, model.critic_target]
     before = [flat(module) for module in modules]
     model.learn(n_timesteps)
     assert model._n_updates > 0
@@ -323,6 +324,55 @@ def test_running_statistics_of_the_critics():
         th.testing.assert_close(values, expected)
 
 
+@pytest.mark.parametrize("policy_delay", [1, 2])
+def test_averaged_actor(policy_delay):
+    """Against weights in float64: first over the last ninth of the actor's updates, then with the step that was asked for."""
+    model = make(actor_tau=0.4, learning_starts=1000, policy_delay=policy_delay, learning_rate=1e-2).learn(20)
+    expected = flat(model.actor).double()
+    assert th.equal(flat(model.averaged_actor).double(), expected)
+    for n in range(1, 31):
+        model.train(gradient_steps=policy_delay, batch_size=8)
+        tau = 9 / (n + 9) if n <= 13 else 0.4
+        expected += tau * (flat(model.actor).double() - expected)
+        th.testing.assert_close(flat(model.averaged_actor).double(), expected, rtol=1e-4, atol=1e-6)
+    assert (flat(model.actor) - flat(model.averaged_actor)).abs().max() > 1e-3
+    assert not any(parameter.requires_grad for parameter in model.averaged_actor.parameters())
+
+
+def test_average_of_one():
+    model = make(actor_tau=1.0).learn(20)
+    assert th.equal(flat(model.averaged_actor), flat(model.actor))
+
+
+def test_the_trained_actor_collects_and_the_average_is_asked():
+    model = make().learn(20)
+    seen = []
+    for name in ("actor", "averaged_actor"):
+        actor = getattr(model, name)
+        particles = partial(lambda name, particles, *args, **kwargs: seen.append(name) or particles(*args, **kwargs), name)
+        actor.particles = partial(particles, actor.particles)
+    obs = model.observation_space.sample()
+
+    def asked(call, *args, **kwargs):
+        seen.clear()
+        call(*args, **kwargs)
+        return set(seen)
+
+    learned = {"averaged_actor"}
+    for deterministic in (True, False):
+        assert asked(model.predict, obs, deterministic=deterministic) == learned
+    assert asked(model.sample_actions, obs, 2) == asked(model.entropy, obs) == asked(model.soft_value, obs) == learned
+    assert asked(model.log_prob, obs, model.action_space.sample()) == learned
+    batch = model.replay_buffer.sample(4)
+    assert asked(model._update_critic, batch, model._ent_coef_tensor()) == learned
+    assert asked(model._update_actor, batch.observations, model._ent_coef_tensor()) == {"actor"}
+    model.learning_starts = 1000
+    assert asked(model.learn, 3) == set()
+    model.learning_starts, model.gradient_steps = 0, 0
+    assert asked(model.learn, 3) == {"actor"}
+    assert asked(model.predict, obs) == learned
+
+
 def test_target_update_interval():
     model = make(target_update_interval=3, tau=1.0, learning_starts=0, learning_rate=1e-2)
     before = flat(model.critic_target)
@@ -546,6 +596,10 @@ def test_dropout_and_batch_norm():
     assert th.equal(critic.running_mean, target.running_mean)
     assert th.equal(critic.running_var, target.running_var)
     assert not model.critic_target.training
+    trained, averaged = model.actor.features_extractor[1], model.averaged_actor.features_extractor[1]
+    assert trained.running_mean.abs().max() > 0
+    assert th.equal(trained.running_mean, averaged.running_mean)
+    assert not model.averaged_actor.training
     before = model.actor.features_extractor[1].running_mean.clone()
     obs = np.ones((4, 3), dtype=np.float32)
     np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
