@@ -135,7 +135,10 @@ def run(args: argparse.Namespace) -> None:
     if args.label and len(args.algos) > 1:
         sys.exit("--label names one variant: give one of --algos")
     # seeds outermost: a benchmark that is stopped early has compared everything on the seeds it has
-    cells = [make_cell(args, algo, env, seed) for seed in args.seeds for env in args.envs for algo in args.algos]
+    run_cells([make_cell(args, algo, env, seed) for seed in args.seeds for env in args.envs for algo in args.algos], args)
+
+
+def run_cells(cells: list[Cell], args: argparse.Namespace) -> None:
     waiting = []
     for cell in cells:
         if cell.config.exists():

@@ -315,11 +315,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smoke run, its numbers mean nothing")
     parser.add_argument("--long", action="store_true", help="memory over 50,000 steps")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="torch threads of the table")
+    parser.add_argument(
+        "--matmul-precision",
+        choices=["highest", "medium"],
+        default="highest",
+        help="of torch.set_float32_matmul_precision, for all rows: 'medium' has the products done by oneDNN instead of MKL",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
 
     # v4 is what the published results of the peers are for
     warnings.filterwarnings("ignore", message=".*is out of date.*")
+    th.set_float32_matmul_precision(args.matmul_precision)
     effort = QUICK if args.quick else Effort(memory_steps=50_000 if args.long else Effort.memory_steps)
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{machine()}\n", flush=True)

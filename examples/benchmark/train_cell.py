@@ -29,6 +29,7 @@ from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from variants import VARIANTS
 
 import sb3_softq
 from sb3_softq import SoftQ
@@ -91,6 +92,8 @@ def arguments(cell: Cell) -> dict[str, Any]:
             sys.exit(f"The original recipe has no reward scale for {cell.env}: give its inverse with --set ent_coef=...")
         result["ent_coef"] = 1 / ORIGINAL_REWARD_SCALES[name]
     for change, value in cell.changes.items():
+        if change == "variant":
+            continue
         if change.startswith("policy_kwargs."):
             result["policy_kwargs"] = {**result.get("policy_kwargs", {}), change.removeprefix("policy_kwargs."): value}
         else:
@@ -358,6 +361,11 @@ def main() -> None:
     cell = Cell(**json.loads(sys.argv[1]))
     threading.Thread(target=stop_with_parent, daemon=True).start()
     th.set_num_threads(1)
+    # Products by oneDNN instead of MKL, which is slow on processors of other makers. It may use bfloat16 where that is faster
+    # than float32, with AMX; elsewhere the numbers are float32's.
+    th.set_float32_matmul_precision("medium")
+    if "variant" in cell.changes:
+        VARIANTS[cell.changes["variant"]]()
     train(cell)
 
 

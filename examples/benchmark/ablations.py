@@ -1,0 +1,110 @@
+"""
+One change each against SoftQ's defaults: is it worth it?
+
+    python examples/benchmark/ablations.py run                 # HalfCheetah-v4, 30,000 steps, seeds 35 to 37: eight hours
+    python examples/benchmark/ablations.py run --only policy-delay-2 imq-kernel
+    python examples/benchmark/ablations.py run --envs Walker2d-v4 --steps 60000 --only narrow-start
+    python examples/benchmark/ablations.py table
+
+``run`` trains the cells that have not finished (``learning.py run``) into logs/ablations. ``table`` adds them to
+results/ablations.csv and prints the table of README.md.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from learning import HERE, LOGS, make_cell, make_parser, read_rows, run_cells
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "policy-delay-2": dict(policy_delay=2),
+    # the sampler
+    "narrow-start": dict(variant="narrow_start"),
+    "local-smoothing": {"policy_kwargs.smoothing": "local"},
+    "global-smoothing": {"policy_kwargs.smoothing": "local", "variant": "global_bandwidth"},
+    "smoothing-floor": dict(variant="smoothing_floor"),
+    "explore-with-centres": dict(variant="explore_with_centres"),
+    "no-averaged-actor": dict(actor_tau=1.0),
+    # the soft value
+    "1-value-particle": dict(n_value_particles=1),
+    "4-value-particles": dict(n_value_particles=4),
+    "8-value-particles": dict(n_value_particles=8),
+    "16-value-particles": dict(n_value_particles=16),
+    "density-in-value": dict(variant="density_in_value"),
+    "1-value-particle-density": dict(n_value_particles=1, variant="density_in_value"),
+    "mean-value": dict(variant="mean_value"),
+    "mixture-proposal": dict(proposal="mixture"),
+    "uniform-proposal": dict(proposal="uniform"),
+    # the Stein step
+    "4x128-actor-particles": dict(n_actor_states=128),
+    "8x64-actor-particles": dict(n_actor_particles=8, n_actor_states=64),
+    "16x64-actor-particles": dict(n_actor_particles=16, n_actor_states=64),
+    "32x32-actor-particles": dict(n_actor_particles=32, n_actor_states=32),
+    "delta-kernel": dict(kernel="delta"),
+    "imq-kernel": dict(kernel="imq"),
+    "kernel-repulsion": dict(repulsion="kernel"),
+    "one-critic-in-stein-step": dict(variant="one_critic_in_stein_step"),
+    # temperature and critics
+    "fixed-temperature-0.1": dict(ent_coef=0.1),
+    "fixed-temperature-0.03": dict(ent_coef=0.03),
+    "temperature-from-1": dict(ent_coef="auto"),
+    "no-batch-norm": {"policy_kwargs.batch_norm": False, "tau": 0.005, "learning_rate": 3e-4},
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    cells = []
+    for seed in args.seeds:
+        for label in args.only:
+            changes = [f"{name}={value!r}" for name, value in {"compile": True, **ABLATIONS[label]}.items()]
+            command = ["run", "--steps", str(args.steps), "--eval-freq", str(max(args.steps // 6, 1)), "--label", label]
+            command += ["--logs", str(args.logs), "--set", *changes]
+            settings = make_parser().parse_args(command)
+            cells += [make_cell(settings, "softq", env, seed) for env in args.envs]
+    run_cells(cells, settings)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Deterministic return: mean over seeds on the way, each seed at the end, and against the defaults of the same seeds."""
+    settings = make_parser().parse_args(["collect", "--name", args.name, "--update", "--logs", str(args.logs)])
+    settings.command(settings)
+    # env -> label -> seed -> step -> return
+    results: dict[str, dict[str, dict[int, dict[int, float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for row in read_rows(HERE / "results" / f"{args.name}.csv"):
+        results[row["env"]][row["label"]][int(row["seed"])][int(row["step"])] = float(row["deterministic_mean"])
+    for env, labels in results.items():
+        last = max(step for seeds in labels.values() for returns in seeds.values() for step in returns)
+        steps = [round(last * part) for part in (1 / 3, 2 / 3, 1)]
+        print(f"\n| {env} | {' | '.join(f'{step:,}' for step in steps)} | by seed | to the defaults |\n" + "|---" * 6 + "|")
+        for label in [label for label in ABLATIONS if label in labels]:
+            finished = {seed: returns for seed, returns in labels[label].items() if last in returns}
+            if not finished:
+                continue
+            means = [f"{sum(returns[step] for returns in finished.values()) / len(finished):,.0f}" for step in steps]
+            by_seed = ", ".join(f"{returns[last]:,.0f} ({seed})" for seed, returns in sorted(finished.items()))
+            pairs = [(returns[last], labels["defaults"][seed][last]) for seed, returns in finished.items()]
+            ratio = sum(ours for ours, _ in pairs) / sum(theirs for _, theirs in pairs)
+            print(f"| `{label}` | {' | '.join(means)} | {by_seed} | {ratio:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--logs", type=Path, default=LOGS.parent / "ablations")
+    subparsers = parser.add_subparsers(required=True)
+    command = subparsers.add_parser("run", help="train the cells that have not finished")
+    command.set_defaults(command=run)
+    command.add_argument("--envs", nargs="+", default=["HalfCheetah-v4"])
+    command.add_argument("--seeds", nargs="+", type=int, default=[35, 36, 37])
+    command.add_argument("--steps", type=int, default=30_000)
+    command.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), metavar="LABEL")
+    command = subparsers.add_parser("table", help="collect the results and print the table")
+    command.set_defaults(command=table)
+    command.add_argument("--name", default="ablations", help="name of the CSV")
+    args = parser.parse_args()
+    args.command(args)
+
+
+if __name__ == "__main__":
+    main()
