@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import torch as th
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "benchmark" / "learning.py"
+ABLATIONS = SCRIPT.with_name("ablations.py")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 STEPS, EVAL_FREQ = 600, 150
 RUN = [
@@ -28,13 +30,13 @@ RUN = [
 ]
 
 
-def start(folder: Path, *args: str) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), *args]
+def start(folder: Path, *args: str, script: Path = SCRIPT) -> subprocess.Popen:
+    command = [sys.executable, str(script), *args]
     return subprocess.Popen(command, cwd=folder, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def call(folder: Path, *args: str) -> str:
-    process = start(folder, *args)
+def call(folder: Path, *args: str, script: Path = SCRIPT) -> str:
+    process = start(folder, *args, script=script)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     return output
@@ -165,6 +167,105 @@ def test_entropy_bonus_and_q(train_cell, algo: str):
     assert bonus.shape == q.shape == (400,)
     # An untrained policy is about as wide as the box (-1, 1): alpha log 2; in Pendulum's units it would be alpha log 4
     assert abs(bonus.mean() - (0.0 if algo == "td3" else 0.5 * np.log(2))) < 0.15
+
+
+@pytest.fixture
+def variant(train_cell):
+    """Makes one of the variants, which last for the process that they are made for."""
+    yield lambda name: train_cell.VARIANTS[name]()
+    patch.stopall()
+
+
+def small_agent(train_cell, **kwargs):
+    return train_cell.SoftQ("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **kwargs)
+
+
+OBSERVATIONS = th.randn(500, 3, generator=th.Generator().manual_seed(0))
+
+
+def test_variant_narrow_start(train_cell, variant):
+    def spread() -> float:
+        actor = small_agent(train_cell).actor
+        return actor.particles(actor.features(OBSERVATIONS), actor.noise(500, 4))[0].std().item()
+
+    assert 0.8 < spread() < 1.2
+    variant("narrow_start")
+    assert spread() < 0.4
+
+
+def test_variants_of_the_smoothing(train_cell, variant):
+    def widths(**policy_kwargs) -> th.Tensor:
+        actor = small_agent(train_cell, policy_kwargs=policy_kwargs).actor
+        return actor.particles(actor.features(OBSERVATIONS), actor.noise(500, 4))[1].exp()
+
+    assert widths(log_std_init=-8.0).max() < 0.1
+    assert widths(smoothing="local").std(dim=1).mean() > 0.05
+    variant("smoothing_floor")
+    variant("global_bandwidth")
+    assert widths(log_std_init=-8.0).min() > 0.1
+    assert widths(smoothing="local").std(dim=1).max() < 1e-6
+
+
+def test_variants_of_the_soft_value(train_cell, variant):
+    """Jensen's inequality, and a density that knows of more components than the particle's own is lower there."""
+
+    def value() -> float:
+        th.manual_seed(0)
+        return model.soft_value(OBSERVATIONS.numpy(), n_particles=8).mean()
+
+    model = small_agent(train_cell, ent_coef=1.0)
+    log_mean_exp = value()
+    own = model._propose(OBSERVATIONS, 1)[1].mean()
+    variant("mean_value")
+    assert value() < log_mean_exp - 0.1
+    variant("density_in_value")
+    u, log_prob = model._propose(OBSERVATIONS, 1)
+    assert u.shape == (500, 1, 1)
+    assert log_prob.mean() < own - 0.5
+
+
+def test_variant_one_critic(train_cell, variant):
+    critic, u = small_agent(train_cell).critic, th.zeros(500, 1, 1)
+    first, second = critic.q_values(critic.features(OBSERVATIONS), th.tanh(u))
+    assert th.equal(train_cell.SoftQ._min_q_values(critic, OBSERVATIONS, u), th.minimum(first, second))
+    variant("one_critic_in_stein_step")
+    assert th.equal(train_cell.SoftQ._min_q_values(critic, OBSERVATIONS, u), first)
+
+
+def test_variant_explore_with_centres(train_cell, variant):
+    """With almost no shift, centres are the noise xi, and smoothing noise of 0.7 makes the actions wider."""
+    policy = small_agent(train_cell, policy_kwargs=dict(log_std_init=-0.3)).policy
+
+    def spread(exploring: bool) -> float:
+        policy.exploring = exploring
+        return th.atanh(policy._predict(OBSERVATIONS).clamp(-0.9999, 0.9999)).std().item()
+
+    wide = spread(True)
+    variant("explore_with_centres")
+    assert spread(True) < wide - 0.1
+    assert spread(False) == pytest.approx(wide, rel=0.1)
+
+
+def test_ablations(tmp_path: Path):
+    """Too short to learn: cells of their labels, and the table."""
+    script = [*("run", "--envs", "Pendulum-v1", "--seeds", "1", "--steps", "201"), "--only", "defaults", "narrow-start"]
+    call(tmp_path, *script, script=ABLATIONS)
+    output = call(tmp_path, "table", "--csv", "ablations.csv", script=ABLATIONS)
+    rows = read(tmp_path / "ablations.csv")
+    assert {(row["label"], row["env"], row["seed"]) for row in rows} == {
+        (label, "Pendulum-v1", "1") for label in ("defaults", "narrow-start")
+    }
+    returns = {row["label"]: float(row["deterministic_mean"]) for row in rows if row["step"] == "201"}
+    table = {line.split("`")[1]: [x.strip() for x in line.split("|")[2:-1]] for line in output.splitlines() if "`" in line}
+    assert list(table) == ["defaults", "narrow-start"]
+    for label, cells in table.items():
+        assert cells[2:] == [
+            f"{returns[label]:,.0f}",
+            f"{returns[label]:,.0f} (1)",
+            f"{returns[label] / returns['defaults']:.2f}",
+        ]
+    config = json.loads((tmp_path / "logs" / "ablations" / "narrow-start" / "Pendulum-v1" / "1" / "config.json").read_text())
+    assert config["changes"] == {"compile": True, "variant": "narrow_start"}
 
 
 def write_synthetic(path: Path) -> None:

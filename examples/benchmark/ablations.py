@@ -68,15 +68,17 @@ def run(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Deterministic return: mean over seeds on the way, each seed at the end, and against the defaults of the same seeds."""
-    settings = make_parser().parse_args(["collect", "--name", args.name, "--update", "--logs", str(args.logs)])
+    command = ["collect", "--name", args.csv.stem, "--out", str(args.csv.parent), "--update", "--logs", str(args.logs)]
+    settings = make_parser().parse_args(command)
     settings.command(settings)
     # env -> label -> seed -> step -> return
     results: dict[str, dict[str, dict[int, dict[int, float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for row in read_rows(HERE / "results" / f"{args.name}.csv"):
+    for row in read_rows(args.csv):
         results[row["env"]][row["label"]][int(row["seed"])][int(row["step"])] = float(row["deterministic_mean"])
     for env, labels in results.items():
-        last = max(step for seeds in labels.values() for returns in seeds.values() for step in returns)
-        steps = [round(last * part) for part in (1 / 3, 2 / 3, 1)]
+        evaluated = sorted({step for seeds in labels.values() for returns in seeds.values() for step in returns})
+        steps = [evaluated[len(evaluated) * part // 3 - 1] for part in (1, 2, 3)]
+        last = steps[-1]
         print(f"\n| {env} | {' | '.join(f'{step:,}' for step in steps)} | by seed | to the defaults |\n" + "|---" * 6 + "|")
         for label in [label for label in ABLATIONS if label in labels]:
             finished = {seed: returns for seed, returns in labels[label].items() if last in returns}
@@ -101,7 +103,7 @@ def main() -> None:
     command.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), metavar="LABEL")
     command = subparsers.add_parser("table", help="collect the results and print the table")
     command.set_defaults(command=table)
-    command.add_argument("--name", default="ablations", help="name of the CSV")
+    command.add_argument("--csv", type=Path, default=HERE / "results" / "ablations.csv")
     args = parser.parse_args()
     args.command(args)
 
