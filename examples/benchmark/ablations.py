@@ -39,6 +39,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "uniform-proposal": dict(proposal="uniform"),
     # the Stein step
     "4x128-actor-particles": dict(n_actor_states=128),
+    "4x128-policy-delay-2": dict(n_actor_states=128, policy_delay=2),
+    "2x128-actor-particles": dict(n_actor_states=128, n_actor_particles=2),
     "8x64-actor-particles": dict(n_actor_particles=8, n_actor_states=64),
     "16x64-actor-particles": dict(n_actor_particles=16, n_actor_states=64),
     "32x32-actor-particles": dict(n_actor_particles=32, n_actor_states=32),
