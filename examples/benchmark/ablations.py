@@ -17,6 +17,9 @@ from typing import Any
 
 from learning import HERE, LOGS, make_cell, make_parser, read_rows, run_cells
 
+# Not that of the results: ablations decide about settings
+EVALUATION_SEED = 5_000
+
 ABLATIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "policy-delay-2": dict(policy_delay=2),
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         for label in args.only:
             changes = [f"{name}={value!r}" for name, value in {"compile": True, **ABLATIONS[label]}.items()]
             command = ["run", "--steps", str(args.steps), "--eval-freq", str(max(args.steps // 6, 1)), "--label", label]
-            command += ["--logs", str(args.logs), "--set", *changes]
+            command += ["--evaluation-seed", str(EVALUATION_SEED), "--logs", str(args.logs), "--set", *changes]
             settings = make_parser().parse_args(command)
             cells += [make_cell(settings, "softq", env, seed) for env in args.envs]
     run_cells(cells, settings)

@@ -34,6 +34,8 @@ from typing import Any
 # torch and Stable-Baselines3 are imported by train_cell.py only: this process waits beside busy cores
 
 ALGOS = ("softq", "sac", "td3", "tqc", "original")
+# Of the environments' first states and of the actions' noise: nothing is tuned on it
+EVALUATION_SEED = 10_000
 HERE = Path(__file__).parent
 LOGS = Path("logs/benchmark")
 
@@ -71,6 +73,8 @@ class Cell:
     :param checkpoint_freq: Save a checkpoint every this many steps
     :param changes: Arguments of the algorithm that differ from the benchmark's, ``policy_kwargs.x`` for those of the policy
     :param logs: Folder of all cells
+    :param evaluation_seed: First of the reset seeds of the evaluations. The default is for results alone: whatever decides
+        about settings has another
     """
 
     label: str
@@ -82,6 +86,7 @@ class Cell:
     checkpoint_freq: int
     changes: dict[str, Any]
     logs: str
+    evaluation_seed: int = EVALUATION_SEED
 
     def __str__(self) -> str:
         return f"{self.label} {self.env} seed {self.seed}"
@@ -217,6 +222,7 @@ def make_cell(args: argparse.Namespace, algo: str, env: str, seed: int) -> Cell:
         eval_freq=args.eval_freq or max(args.steps // 20, 1),
         checkpoint_freq=args.checkpoint_freq,
         changes=changes,
+        evaluation_seed=args.evaluation_seed,
         # absolute: the processes of a cluster start elsewhere
         logs=str(args.logs.resolve()),
     )
@@ -226,9 +232,9 @@ def check_same_run(cell: Cell) -> None:
     before = json.loads(cell.config.read_text())
     # through JSON, where tuples are lists
     for name, value in json.loads(json.dumps(cell.identity)).items():
-        if before[name] != value:
+        if before.get(name) != value:
             sys.exit(
-                f"{cell.folder} holds a run with {name}={before[name]!r}, not {value!r}: "
+                f"{cell.folder} holds a run with {name}={before.get(name)!r}, not {value!r}: "
                 "choose another --label, or remove the folder"
             )
 
@@ -272,6 +278,8 @@ def collect(args: argparse.Namespace) -> None:
             continue
         rows += read_rows(path)
         config = json.loads((path.parent / "config.json").read_text())
+        # the digest of the source tells what has changed in it, the commit what has changed anywhere
+        config["versions"].pop("commit", None)
         arguments.setdefault((label, env), set()).add(json.dumps([config["arguments"], config["versions"]], sort_keys=True))
         if not (path.parent / "model.zip").exists():
             unfinished.append(f"{label} {env} seed {seed}")
@@ -340,6 +348,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--set", nargs="+", action="extend", type=parse_change, default=[], metavar="NAME=VALUE", help="change arguments"
     )
+    command.add_argument("--evaluation-seed", type=int, default=EVALUATION_SEED, help="first reset seed of the evaluations")
     command.add_argument("--label", help="name in the results (default: the algorithm and what --set changes)")
     command.add_argument("--logs", type=Path, default=LOGS)
 

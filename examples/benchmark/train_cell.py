@@ -65,8 +65,6 @@ ENV_ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
 # The original has no automatic temperature
 ORIGINAL_REWARD_SCALES = {"Walker2d": 10, "HalfCheetah": 30, "Hopper": 30, "Swimmer": 30, "Humanoid": 100, "Ant": 300}
 
-# Seeds that nothing is tuned on: of the environments' first states, and of the actions' noise
-EVALUATION_SEED = 10_000
 N_EPISODES = 10
 # Part of a return that may be missing where a time limit has cut an episode off
 CUT_OFF = 0.01
@@ -123,12 +121,12 @@ class Episode(NamedTuple):
 
 
 @contextmanager
-def own_randomness() -> Iterator[None]:
+def own_randomness(seed: int) -> Iterator[None]:
     """Evaluation draws from generators of its own, seeded: training goes on as if it had not taken place."""
     state = random.getstate(), np.random.get_state(), th.get_rng_state()
-    random.seed(EVALUATION_SEED)
-    np.random.seed(EVALUATION_SEED)
-    th.manual_seed(EVALUATION_SEED)
+    random.seed(seed)
+    np.random.seed(seed)
+    th.manual_seed(seed)
     try:
         yield
     finally:
@@ -137,11 +135,11 @@ def own_randomness() -> Iterator[None]:
         th.set_rng_state(state[2])
 
 
-def roll_out(model: OffPolicyAlgorithm, envs: list[gym.Env], deterministic: bool) -> list[Episode]:
+def roll_out(model: OffPolicyAlgorithm, envs: list[gym.Env], deterministic: bool, seed: int) -> list[Episode]:
     """One episode in each environment, side by side: one call of the policy serves all that still run."""
     trajectories: list[tuple[list, list, list]] = [([], [], []) for _ in envs]
     terminated = [False] * len(envs)
-    current = [env.reset(seed=EVALUATION_SEED + i)[0] for i, env in enumerate(envs)]
+    current = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
     running = list(range(len(envs)))
     while running:
         actions, _ = model.predict(np.stack([current[i] for i in running]), deterministic=deterministic)
@@ -221,11 +219,11 @@ def q_against_returns(model: OffPolicyAlgorithm, episodes: list[Episode]) -> tup
     return float(q.mean()), float((q - actual).mean())
 
 
-def evaluate(model: OffPolicyAlgorithm, envs: list[gym.Env]) -> dict[str, float]:
-    with own_randomness():
-        deterministic = roll_out(model, envs, deterministic=True)
+def evaluate(model: OffPolicyAlgorithm, envs: list[gym.Env], seed: int) -> dict[str, float]:
+    with own_randomness(seed):
+        deterministic = roll_out(model, envs, deterministic=True, seed=seed)
         # TD3's policy is deterministic: it would do the same again
-        stochastic = deterministic if isinstance(model, TD3) else roll_out(model, envs, deterministic=False)
+        stochastic = deterministic if isinstance(model, TD3) else roll_out(model, envs, deterministic=False, seed=seed)
         q, bias = q_against_returns(model, stochastic)
     result = {"q_value": q, "q_bias": bias}
     for name, episodes in (("deterministic", deterministic), ("stochastic", stochastic)):
@@ -266,7 +264,7 @@ class Evaluation(BaseCallback):
     def append_row(self) -> None:
         self.hours += (time.monotonic() - self.started) / 3600
         row: dict[str, Any] = {name: self.model.logger.name_to_value.get(key, math.nan) for name, key in LOGGED.items()}
-        row |= evaluate(self.model, self.envs)
+        row |= evaluate(self.model, self.envs, self.cell.evaluation_seed)
         row["hours"] = self.hours
         row = {name: "" if math.isnan(value) else f"{value:.6g}" for name, value in row.items()}
         row |= {name: getattr(self.cell, name) for name in ("label", "algo", "env", "seed")}
