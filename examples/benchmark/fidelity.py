@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no batch normalisation": dict(tau=0.005, policy_kwargs={"batch_norm": False}),
     "no further particles in the density": dict(n_density_particles=0),
     "delta kernel": dict(kernel="delta"),
+    "half as many updates of the actor": dict(policy_delay=2),
     "noise enters the first layer": dict(policy_kwargs={"net_arch": {"pi": [], "qf": [64, 64]}, "head_arch": [64, 64]}),
     "no annealing": dict(annealing=1.0),
     "repulsion by the kernel": dict(repulsion="kernel"),
