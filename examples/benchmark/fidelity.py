@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no further particles in the density": dict(n_density_particles=0),
     "delta kernel": dict(kernel="delta"),
     "half as many updates of the actor": dict(policy_delay=2),
+    "no averaged actor": dict(actor_tau=1.0),
     "noise enters the first layer": dict(policy_kwargs={"net_arch": {"pi": [], "qf": [64, 64]}, "head_arch": [64, 64]}),
     "no annealing": dict(annealing=1.0),
     "repulsion by the kernel": dict(repulsion="kernel"),
