@@ -1,7 +1,7 @@
 """
 One change each against SoftQ's defaults: is it worth it?
 
-    python examples/benchmark/ablations.py run                 # HalfCheetah-v4, 30,000 steps, seeds 35 to 37: eight hours
+    python examples/benchmark/ablations.py run    # HalfCheetah-v4, 30,000 steps, seeds 35 to 37: five hours on two cores
     python examples/benchmark/ablations.py run --only policy-delay-2 imq-kernel
     python examples/benchmark/ablations.py run --envs Walker2d-v4 --steps 60000 --only narrow-start
     python examples/benchmark/ablations.py table
