@@ -176,6 +176,12 @@ def variant(train_cell):
     patch.stopall()
 
 
+@pytest.mark.parametrize(("algo", "name"), [("sac", "narrow_start"), ("softq", "narow_start")])
+def test_variant_that_would_do_nothing(train_cell, algo: str, name: str):
+    with pytest.raises(SystemExit, match=f"variant='{name}' of {algo} is not known"):
+        train_cell.make_variant(SimpleNamespace(algo=algo, changes={"variant": name}))
+
+
 def small_agent(train_cell, **kwargs):
     return train_cell.SoftQ("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **kwargs)
 
@@ -264,6 +270,10 @@ def test_ablations(tmp_path: Path):
             f"{returns[label]:,.0f} (1)",
             f"{returns[label] / returns['defaults']:.2f}",
         ]
+    # without the defaults there is nothing to compare with
+    shutil.rmtree(tmp_path / "logs" / "ablations" / "defaults")
+    output = call(tmp_path, "table", "--csv", "alone.csv", script=ABLATIONS)
+    assert f"| {returns['narrow-start']:,.0f} (1) |  |" in output
     config = json.loads((tmp_path / "logs" / "ablations" / "narrow-start" / "Pendulum-v1" / "1" / "config.json").read_text())
     assert config["changes"] == {"compile": True, "variant": "narrow_start"}
     # what is decided on is not what results are measured on

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from learning import HERE, LOGS, make_cell, make_parser, read_rows, run_cells
+from learning import CHECKPOINT_FREQ, HERE, LOGS, Cell, make_parser, positive, read_rows, run_cells
 
 # Not that of the results: ablations decide about settings
 EVALUATION_SEED = 5_000
@@ -60,15 +60,25 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def run(args: argparse.Namespace) -> None:
-    cells = []
-    for seed in args.seeds:
-        for label in args.only:
-            changes = [f"{name}={value!r}" for name, value in {"compile": True, **ABLATIONS[label]}.items()]
-            command = ["run", "--steps", str(args.steps), "--eval-freq", str(max(args.steps // 6, 1)), "--label", label]
-            command += ["--evaluation-seed", str(EVALUATION_SEED), "--logs", str(args.logs), "--set", *changes]
-            settings = make_parser().parse_args(command)
-            cells += [make_cell(settings, "softq", env, seed) for env in args.envs]
-    run_cells(cells, settings)
+    run_cells(
+        [
+            Cell(
+                label=label,
+                algo="softq",
+                env=env,
+                seed=seed,
+                steps=args.steps,
+                eval_freq=max(args.steps // 6, 1),
+                checkpoint_freq=CHECKPOINT_FREQ,
+                changes={"compile": True, **ABLATIONS[label]},
+                logs=str(args.logs.resolve()),
+                evaluation_seed=EVALUATION_SEED,
+            )
+            for seed in args.seeds
+            for label in args.only
+            for env in args.envs
+        ]
+    )
 
 
 def table(args: argparse.Namespace) -> None:
@@ -91,9 +101,12 @@ def table(args: argparse.Namespace) -> None:
                 continue
             means = [f"{sum(returns[step] for returns in finished.values()) / len(finished):,.0f}" for step in steps]
             by_seed = ", ".join(f"{returns[last]:,.0f} ({seed})" for seed, returns in sorted(finished.items()))
-            pairs = [(returns[last], labels["defaults"][seed][last]) for seed, returns in finished.items()]
-            ratio = sum(ours for ours, _ in pairs) / sum(theirs for _, theirs in pairs)
-            print(f"| `{label}` | {' | '.join(means)} | {by_seed} | {ratio:.2f} |")
+            defaults = {seed: returns[last] for seed, returns in labels["defaults"].items() if last in returns}
+            common = finished.keys() & defaults.keys()
+            ratio = ""
+            if common:
+                ratio = f"{sum(finished[seed][last] for seed in common) / sum(defaults[seed] for seed in common):.2f}"
+            print(f"| `{label}` | {' | '.join(means)} | {by_seed} | {ratio} |")
 
 
 def main() -> None:
@@ -104,7 +117,7 @@ def main() -> None:
     command.set_defaults(command=run)
     command.add_argument("--envs", nargs="+", default=["HalfCheetah-v4"])
     command.add_argument("--seeds", nargs="+", type=int, default=[35, 36, 37])
-    command.add_argument("--steps", type=int, default=30_000)
+    command.add_argument("--steps", type=positive, default=30_000)
     command.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), metavar="LABEL")
     command = subparsers.add_parser("table", help="collect the results and print the table")
     command.set_defaults(command=table)

@@ -34,10 +34,11 @@ from typing import Any
 # torch and Stable-Baselines3 are imported by train_cell.py only: this process waits beside busy cores
 
 ALGOS = ("softq", "sac", "td3", "tqc", "original")
-# Of the environments' first states and of the actions' noise: nothing is tuned on it
+# Of the environments' first states and of the actions' noise: for results, not for decisions about settings
 EVALUATION_SEED = 10_000
 HERE = Path(__file__).parent
 LOGS = Path("logs/benchmark")
+CHECKPOINT_FREQ = 25_000
 
 COLUMNS = (
     "label",
@@ -140,10 +141,18 @@ def run(args: argparse.Namespace) -> None:
     if args.label and len(args.algos) > 1:
         sys.exit("--label names one variant: give one of --algos")
     # seeds outermost: a benchmark that is stopped early has compared everything on the seeds it has
-    run_cells([make_cell(args, algo, env, seed) for seed in args.seeds for env in args.envs for algo in args.algos], args)
+    cells = [make_cell(args, algo, env, seed) for seed in args.seeds for env in args.envs for algo in args.algos]
+    run_cells(cells, args.jobs, args.ray)
 
 
-def run_cells(cells: list[Cell], args: argparse.Namespace) -> None:
+def run_cells(cells: list[Cell], jobs: int | None = None, ray: str | None = None) -> None:
+    """
+    Train the cells that have not finished, and exit with an error if one fails.
+
+    :param cells: Cells, in the order in which they are started
+    :param jobs: Cells at once, by default as many as there are cores or the cluster has room for
+    :param ray: Address of a Ray cluster, None for this machine alone
+    """
     waiting = []
     for cell in cells:
         if cell.config.exists():
@@ -154,7 +163,7 @@ def run_cells(cells: list[Cell], args: argparse.Namespace) -> None:
             waiting.append(cell)
 
     failed = 0
-    results = train_on_ray(waiting, args.ray, args.jobs) if args.ray else train_here(waiting, args.jobs or os.cpu_count() or 1)
+    results = train_on_ray(waiting, ray, jobs) if ray else train_here(waiting, jobs or os.cpu_count() or 1)
     try:
         for done, (cell, message) in enumerate(results, start=1):
             failed += not cell.model.exists()
@@ -342,7 +351,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     command.add_argument("--steps", type=positive, default=100_000)
     command.add_argument("--eval-freq", type=positive, help="steps between evaluations (default: steps / 20)")
-    command.add_argument("--checkpoint-freq", type=positive, default=25_000, help="steps between checkpoints")
+    command.add_argument("--checkpoint-freq", type=positive, default=CHECKPOINT_FREQ, help="steps between checkpoints")
     command.add_argument("--jobs", type=positive, help="cells at once (default: cores, or what the cluster has room for)")
     command.add_argument("--ray", metavar="ADDRESS", help="train on a Ray cluster: its address, auto, or local for a new one")
     command.add_argument(

@@ -90,13 +90,21 @@ def arguments(cell: Cell) -> dict[str, Any]:
             sys.exit(f"The original recipe has no reward scale for {cell.env}: give its inverse with --set ent_coef=...")
         result["ent_coef"] = 1 / ORIGINAL_REWARD_SCALES[name]
     for change, value in cell.changes.items():
-        if change == "variant":
-            continue
         if change.startswith("policy_kwargs."):
             result["policy_kwargs"] = {**result.get("policy_kwargs", {}), change.removeprefix("policy_kwargs."): value}
-        else:
+        elif change != "variant":
             result[change] = value
     return result
+
+
+def make_variant(cell: Cell) -> None:
+    """Change in this process what no argument changes."""
+    name = cell.changes.get("variant")
+    if name is None:
+        return
+    if CLASSES[cell.algo] is not SoftQ or name not in VARIANTS:
+        sys.exit(f"variant={name!r} of {cell.algo} is not known: softq and original have {', '.join(VARIANTS)}")
+    VARIANTS[name]()
 
 
 def make_model(cell: Cell) -> OffPolicyAlgorithm:
@@ -362,8 +370,7 @@ def main() -> None:
     # Products by oneDNN instead of MKL, which is slow on processors of other makers. It may use bfloat16 where that is faster
     # than float32, with AMX; elsewhere the numbers are float32's.
     th.set_float32_matmul_precision("medium")
-    if "variant" in cell.changes:
-        VARIANTS[cell.changes["variant"]]()
+    make_variant(cell)
     train(cell)
 
 
