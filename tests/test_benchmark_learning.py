@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch as th
@@ -315,3 +316,7 @@ def test_report(tmp_path: Path):
     assert table["sac"][4].startswith("1.00")
     for name in ("curves", "aggregate", "diagnostics"):
         assert 5_000 < (tmp_path / "figures" / f"{name}.png").stat().st_size < 500_000
+    # compared with nobody
+    call(tmp_path, "report", "--csv", "results.csv", "--out", "alone", "--reps", "50", "--labels", "softq")
+    with_panel, without = (plt.imread(tmp_path / folder / "aggregate.png").shape[1] for folder in ("figures", "alone"))
+    assert without < with_panel

@@ -239,6 +239,8 @@ def plot_curves(results: Results, returns: str, reps: int) -> Figure:
             if len(table) == 0:
                 continue
             ax.fill_between(table.index, *mean_band(table.to_numpy(), reps), color=results.colours[label], alpha=0.15, lw=0)
+            if table.shape[1] > 1:
+                ax.plot(table.index, table, color=results.colours[label], lw=0.6, alpha=0.5)
             ax.plot(table.index, table.mean(axis=1), color=results.colours[label], lw=1.8)
         ax.xaxis.set_major_formatter(FuncFormatter(thousands))
         finish(ax, title=env, xlabel="steps")
@@ -258,21 +260,28 @@ def plot_aggregate(
     efficiency: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
 ) -> Figure:
     first, *others = results.labels
+    # a label alone is better than nobody
+    width_ratios = [1, 1, 1.2] if others else [1, 1.2]
     figure, axes = plt.subplots(
-        1, 3, figsize=(12.3, max(3.2, 0.32 * len(results.labels) + 1.4)), layout="constrained", width_ratios=[1, 1, 1.2]
+        1,
+        len(width_ratios),
+        figsize=(4.1 * len(width_ratios), max(3.2, 0.32 * len(results.labels) + 1.4)),
+        layout="constrained",
+        width_ratios=width_ratios,
     )
     plot_intervals(axes[0], results, results.labels, iqm)
     low, high = axes[0].get_xlim()
     axes[0].set_xlim(min(low, -0.02 * high), high)
     finish(axes[0], title=f"interquartile mean at {steps[-1]:,} steps", xlabel="normalised return")
-    plot_intervals(axes[1], results, others, improvement)
-    axes[1].axvline(0.5, color="0.5", lw=1, ls="--")
-    finish(axes[1], title=f"probability that {first} is better than", xlabel="probability", xlim=(-0.02, 1.02))
+    if others:
+        plot_intervals(axes[1], results, others, improvement)
+        axes[1].axvline(0.5, color="0.5", lw=1, ls="--")
+        finish(axes[1], title=f"probability that {first} is better than", xlabel="probability", xlim=(-0.02, 1.02))
     for label in results.labels:
-        axes[2].fill_between(steps, *efficiency[1][label], color=results.colours[label], alpha=0.15, lw=0)
-        axes[2].plot(steps, efficiency[0][label], color=results.colours[label], lw=1.8)
-    axes[2].xaxis.set_major_formatter(FuncFormatter(thousands))
-    finish(axes[2], title="sample efficiency", xlabel="steps", ylabel="interquartile mean")
+        axes[-1].fill_between(steps, *efficiency[1][label], color=results.colours[label], alpha=0.15, lw=0)
+        axes[-1].plot(steps, efficiency[0][label], color=results.colours[label], lw=1.8)
+    axes[-1].xaxis.set_major_formatter(FuncFormatter(thousands))
+    finish(axes[-1], title="sample efficiency", xlabel="steps", ylabel="interquartile mean")
     add_legend(figure, results)
     return figure
 
