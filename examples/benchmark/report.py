@@ -239,8 +239,7 @@ def plot_curves(results: Results, returns: str, reps: int) -> Figure:
             if len(table) == 0:
                 continue
             ax.fill_between(table.index, *mean_band(table.to_numpy(), reps), color=results.colours[label], alpha=0.15, lw=0)
-            if table.shape[1] > 1:
-                ax.plot(table.index, table, color=results.colours[label], lw=0.6, alpha=0.5)
+            ax.plot(table.index, table, color=results.colours[label], lw=0.6, alpha=0.5)
             ax.plot(table.index, table.mean(axis=1), color=results.colours[label], lw=1.8)
         ax.xaxis.set_major_formatter(FuncFormatter(thousands))
         finish(ax, title=env, xlabel="steps")
@@ -260,7 +259,7 @@ def plot_aggregate(
     efficiency: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
 ) -> Figure:
     first, *others = results.labels
-    # a label alone is better than nobody
+    # without others there is nothing to be better than
     width_ratios = [1, 1, 1.2] if others else [1, 1.2]
     figure, axes = plt.subplots(
         1,
