@@ -228,7 +228,7 @@ def add_legend(figure: Figure, results: Results) -> None:
 
 
 def plot_curves(results: Results, returns: str, reps: int) -> Figure:
-    n_columns = min(len(results.envs), 3)
+    n_columns = 2 if len(results.envs) == 4 else min(len(results.envs), 3)
     n_rows = -(-len(results.envs) // n_columns)
     figure, axes = plt.subplots(
         n_rows, n_columns, figsize=(max(4.1 * n_columns, 5.5), 3.2 * n_rows + 0.3), layout="constrained", squeeze=False

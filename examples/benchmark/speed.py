@@ -108,8 +108,8 @@ def agents() -> dict[str, Callable[[], Any] | None]:
     return rows | {PLAIN: row(PlainPort, ORIGINAL_NET, **LOAD)}
 
 
-def measure_table(effort: Effort, threads: Sequence[int], out: Path) -> None:
-    """Steps per second of ``learn()``, and where an update spends its time."""
+def measure_table(effort: Effort, threads: Sequence[int], out: Path, table_name: str) -> None:
+    """Steps per second of ``learn()``, and where an update spends its time, as ``table_name``.csv and ``.png``."""
     set_threads(threads[0])
     constructors = agents()
     missing = [name for name, constructor in constructors.items() if constructor is None]
@@ -138,9 +138,9 @@ def measure_table(effort: Effort, threads: Sequence[int], out: Path) -> None:
         rows.append(row)
     rows = [{column: row.get(column, "") for column in rows[0]} for row in rows]
     rows += [dict.fromkeys(rows[0], "") | dict(algorithm=name, steps_per_second="not installed") for name in missing]
-    write(out / "speed_table.csv", rows)
+    write(out / f"{table_name}.csv", rows)
     show(rows)
-    plot_table([row for row in rows if row["threads"]], threads, out / "speed_table.png")
+    plot_table([row for row in rows if row["threads"]], threads, out / f"{table_name}.png")
 
 
 # ---------------------------------------------------------------------- growth of time and memory
@@ -331,7 +331,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{machine()}\n", flush=True)
     if args.only in (None, "table"):
-        measure_table(effort, args.threads, args.out)
+        suffix = "" if args.matmul_precision == "highest" else f"_{args.matmul_precision}"
+        measure_table(effort, args.threads, args.out, f"speed_table{suffix}")
     if args.only in (None, "growth"):
         measure_growth(effort, args.out)
     if args.only in (None, "predict"):

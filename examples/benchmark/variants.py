@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
 
 from sb3_softq import SoftQ
 from sb3_softq.policies import ParticleCritic, SamplingActor, SoftQPolicy
@@ -93,6 +94,44 @@ def explore_with_centres() -> None:
     patch.object(SoftQPolicy, "_predict", centres).start()
 
 
+def statistics_of_one_particle() -> None:
+    """
+    Batch normalisation has the statistics of the transitions and one particle of each next state, as in CrossQ, not of all
+    particles: the others are normalised by them and need no gradient.
+    """
+
+    def forward(net: nn.Sequential, pairs: th.Tensor, others: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        for layer in net:
+            if isinstance(layer, nn.BatchNorm1d):
+                assert layer.momentum is not None
+                pairs, mean, inv_std = th.native_batch_norm(
+                    pairs, layer.weight, layer.bias, layer.running_mean, layer.running_var, True, layer.momentum, layer.eps
+                )
+                with th.no_grad():
+                    others = (others - mean) * (layer.weight * inv_std) + layer.bias
+            else:
+                pairs = layer(pairs)
+                with th.no_grad():
+                    others = layer(others)
+        return pairs, others
+
+    def joint_q_values(
+        self: ParticleCritic, obs: PyTorchObs, actions: th.Tensor, next_obs: PyTorchObs, next_actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        first, rest = next_actions.split([1, next_actions.shape[1] - 1], dim=1)
+        with th.no_grad():
+            next_features = self.features(next_obs)
+            others = th.cat([next_features.repeat_interleave(rest.shape[1], dim=0), rest.flatten(0, 1)], dim=1)
+        features = th.cat([self.features(obs), next_features])
+        pairs = th.cat([features, th.cat([actions, first.squeeze(1)])], dim=1)
+        results = [forward(net, pairs, others) for net in self.q_networks]  # type: ignore[arg-type]
+        q_values, first_q_values = th.stack([result[0] for result in results]).float().chunk(2, dim=1)
+        other_q_values = th.stack([result[1] for result in results]).float().view(len(results), *rest.shape[:2])
+        return q_values, th.cat([first_q_values.detach(), other_q_values], dim=2)
+
+    patch.object(ParticleCritic, "joint_q_values", joint_q_values).start()
+
+
 VARIANTS = {
     function.__name__: function
     for function in (
@@ -103,5 +142,6 @@ VARIANTS = {
         density_in_value,
         one_critic_in_stein_step,
         explore_with_centres,
+        statistics_of_one_particle,
     )
 }
