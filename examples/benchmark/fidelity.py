@@ -11,17 +11,21 @@ import argparse
 import csv
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch as th
 from bandits import CASES, SHORT_TRAINING, boltzmann, total_variation
 from stable_baselines3 import SAC
+from variants import VARIANTS as PATCHES
 
 from sb3_softq import SoftQ
 
+# Arguments of SoftQ, and "variant" for what no argument changes (variants.py)
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no batch normalisation": dict(tau=0.005, policy_kwargs={"batch_norm": False}),
+    "batch statistics of one particle": dict(variant="statistics_of_one_particle"),
     "no further particles in the density": dict(n_density_particles=0),
     "delta kernel": dict(kernel="delta"),
     "half as many updates of the actor": dict(policy_delay=2),
@@ -37,6 +41,8 @@ def measure(variant: str, case: str, seed: int) -> dict[str, Any]:
     """Train one agent and compare it with the truth."""
     env = CASES[case]()
     kwargs = SHORT_TRAINING | VARIANTS.get(variant, {}) | dict(seed=seed)
+    if "variant" in kwargs:
+        PATCHES[kwargs.pop("variant")]()
     kwargs["policy_kwargs"] = SHORT_TRAINING["policy_kwargs"] | kwargs["policy_kwargs"]
     model: Any = (SAC if variant == "SAC" else SoftQ)("MlpPolicy", env, **kwargs).learn(5_000)
     distances, errors = [], []
@@ -48,6 +54,7 @@ def measure(variant: str, case: str, seed: int) -> dict[str, Any]:
         else:
             actions = model.predict(obs.repeat(20_000, axis=0))[0]
         distances.append(total_variation(env, observation, 1.0, actions))
+    patch.stopall()
     error = round(float(np.mean(errors)), 3) if errors else ""
     return dict(
         variant=variant, case=case, seed=seed, total_variation=round(float(np.mean(distances)), 3), soft_value_error=error
