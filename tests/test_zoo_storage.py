@@ -69,7 +69,9 @@ def test_a_killed_worker_leaves_its_trial_to_the_other(database, tmp_path):
 
     def running():
         names = [study.study_name for study in optuna.get_all_study_summaries(storage)]
-        return names and optuna.load_study(study_name="shared", storage=storage).get_trials(states=(TrialState.RUNNING,))
+        trials = names and optuna.load_study(study_name="shared", storage=storage).get_trials(states=(TrialState.RUNNING,))
+        # a trial is running before its parameters have been drawn one by one
+        return [trial for trial in trials if "learning_rate" in trial.params]
 
     wait_for(running, 180)
     (interrupted,) = running()
