@@ -56,6 +56,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "fixed-temperature-0.03": dict(ent_coef=0.03),
     "temperature-from-1": dict(ent_coef="auto"),
     "statistics-of-one-particle": dict(variant="statistics_of_one_particle"),
+    "renormalised-transitions": dict(variant="renormalised_transitions"),
     "no-batch-norm": {"policy_kwargs.batch_norm": False, "tau": 0.005, "learning_rate": 3e-4},
 }
 

@@ -132,6 +132,56 @@ def statistics_of_one_particle() -> None:
     patch.object(ParticleCritic, "joint_q_values", joint_q_values).start()
 
 
+def renormalised_transitions() -> None:
+    """
+    Batch renormalisation (Ioffe 2017, https://arxiv.org/abs/1702.03275) of the transitions: their own statistics, corrected by
+    constants to those of the transitions and all particles. The particles then have no part in the backward pass.
+    """
+
+    def forward(net: nn.Sequential, pairs: th.Tensor, next_pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        for layer in net:
+            if isinstance(layer, nn.BatchNorm1d):
+                assert layer.momentum is not None
+                with th.no_grad():
+                    joint, mean, inv_std = th.native_batch_norm(
+                        th.cat([pairs, next_pairs]),
+                        layer.weight,
+                        layer.bias,
+                        layer.running_mean,
+                        layer.running_var,
+                        True,
+                        layer.momentum,
+                        layer.eps,
+                    )
+                    next_pairs = joint[len(pairs) :]
+                    _, own_mean, own_inv_std = th.native_batch_norm(pairs, None, None, None, None, True, 0.0, layer.eps)
+                    r = inv_std / own_inv_std
+                    d = (own_mean - mean) * inv_std
+                pairs = th.native_batch_norm(
+                    pairs, layer.weight * r, layer.bias + layer.weight * d, None, None, True, 0.0, layer.eps
+                )[0]
+            else:
+                pairs = layer(pairs)
+                with th.no_grad():
+                    next_pairs = layer(next_pairs)
+        return pairs, next_pairs
+
+    def joint_q_values(
+        self: ParticleCritic, obs: PyTorchObs, actions: th.Tensor, next_obs: PyTorchObs, next_actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        n_particles = next_actions.shape[1]
+        with th.no_grad():
+            next_features = self.features(next_obs).repeat_interleave(n_particles, dim=0)
+            next_pairs = th.cat([next_features, next_actions.flatten(0, 1)], dim=1)
+        pairs = th.cat([self.features(obs), actions], dim=1)
+        results = [forward(net, pairs, next_pairs) for net in self.q_networks]  # type: ignore[arg-type]
+        q_values = th.stack([result[0] for result in results]).float()
+        next_q_values = th.stack([result[1] for result in results]).float()
+        return q_values, next_q_values.view(len(results), -1, n_particles)
+
+    patch.object(ParticleCritic, "joint_q_values", joint_q_values).start()
+
+
 VARIANTS = {
     function.__name__: function
     for function in (
@@ -143,5 +193,6 @@ VARIANTS = {
         one_critic_in_stein_step,
         explore_with_centres,
         statistics_of_one_particle,
+        renormalised_transitions,
     )
 }
