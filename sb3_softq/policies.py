@@ -69,9 +69,7 @@ def particle_forward(net: nn.Sequential, features: th.Tensor, particles: th.Tens
                 hidden = F.linear(particles, weight_particle).add_(state_part.unsqueeze(1))
         else:
             assert hidden is not None
-            # In place: the backward pass of a linear layer does not need its output, and a fresh block of megabytes costs
-            # more than the operation itself
-            hidden = hidden.relu_() if type(layer) is nn.ReLU else layer(hidden)
+            hidden = _apply(layer, hidden)
     assert hidden is not None
     # what follows wants more digits than bfloat16 has
     return hidden.float().view(*particles.shape[:2], -1)
@@ -83,6 +81,57 @@ def _fold(norm: nn.BatchNorm1d, weight: th.Tensor, bias: th.Tensor) -> tuple[th.
     assert norm.running_var is not None
     scale = norm.weight * th.rsqrt(norm.running_var + norm.eps)
     return weight * scale, bias + F.linear(norm.bias - norm.running_mean * scale, weight)
+
+
+def renormalised_forward(net: nn.Sequential, pairs: th.Tensor, next_pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Apply an MLP with batch normalisation to transitions and, without gradient, to pairs of their next states. Both are
+    normalised by the statistics of the joint batch, which the running ones follow. The gradient is that of batch
+    renormalisation (Ioffe 2017, https://arxiv.org/abs/1702.03275): of the statistics of the transitions alone, which constants
+    turn into those of the joint batch. It is that of the joint batch where both have one distribution, at a third of the cost.
+
+    :param net: Batch normalisation, linear layers and activations, see :class:`ParticleCritic`
+    :param pairs: Observations and actions, shape (batch_size, input_dim), batch_size > 1
+    :param next_pairs: Shape (n, input_dim)
+    :return: Shapes (batch_size, output_dim) and (n, output_dim)
+    """
+    for layer in net:
+        if isinstance(layer, nn.BatchNorm1d):
+            pairs, next_pairs = _renormalise(layer, pairs, next_pairs)
+        else:
+            pairs = _apply(layer, pairs)
+            with th.no_grad():
+                next_pairs = _apply(layer, next_pairs)
+    # what follows wants more digits than bfloat16 has
+    return pairs.float(), next_pairs.float()
+
+
+def _renormalise(norm: nn.BatchNorm1d, pairs: th.Tensor, next_pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """Normalisation by the statistics of both, see :func:`renormalised_forward`."""
+    assert norm.momentum is not None
+    with th.no_grad():
+        joint, mean, inv_std = th.native_batch_norm(
+            th.cat([pairs, next_pairs]),
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            True,
+            norm.momentum,
+            norm.eps,
+        )
+        _, own_mean, own_inv_std = th.native_batch_norm(pairs, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
+        # The transitions are part of the joint batch, so r needs none of the bounds that the paper has
+        r = inv_std / own_inv_std
+        d = (own_mean - mean) * inv_std
+    weight, bias = norm.weight * r, norm.bias + norm.weight * d
+    return th.native_batch_norm(pairs, weight, bias, None, None, True, 0.0, norm.eps)[0], joint[len(pairs) :]
+
+
+def _apply(layer: nn.Module, hidden: th.Tensor) -> th.Tensor:
+    # In place: the backward pass of a linear layer does not need its output, and a fresh block of megabytes costs more than
+    # the operation itself
+    return hidden.relu_() if type(layer) is nn.ReLU else layer(hidden)
 
 
 def _normalised(net: nn.Module) -> nn.Sequential:
@@ -319,8 +368,8 @@ class ParticleCritic(ContinuousCritic):
         self, obs: PyTorchObs, actions: th.Tensor, next_obs: PyTorchObs, next_actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """
-        Q of the transitions and of particles in their next states in one pass, so that batch normalisation in training mode
-        sees both: the actions of the replay buffer are distributed otherwise than those of the policy.
+        Q of the transitions and of particles in their next states in one pass, so that batch normalisation sees both: the
+        actions of the replay buffer are distributed otherwise than those of the policy. See :func:`renormalised_forward`.
 
         :param obs: Observations
         :param actions: Actions taken, in the normalised box, shape (batch_size, action_dim)
@@ -328,15 +377,14 @@ class ParticleCritic(ContinuousCritic):
         :param next_actions: Shape (batch_size, n_particles, action_dim)
         :return: Shapes (n_critics, batch_size, 1) and, without gradient, (n_critics, batch_size, n_particles)
         """
-        batch_size, n_particles, _ = next_actions.shape
+        n_particles = next_actions.shape[1]
         with th.no_grad():
             next_features = self.features(next_obs).repeat_interleave(n_particles, dim=0)
-        features = th.cat([self.features(obs), next_features])
-        pairs = th.cat([features, th.cat([actions, next_actions.flatten(0, 1)])], dim=1)
-        # what follows wants more digits than bfloat16 has
-        q_values = th.stack([net(pairs) for net in self.q_networks]).float()
-        q_values, next_q_values = q_values.split([batch_size, batch_size * n_particles], dim=1)
-        return q_values, next_q_values.detach().unflatten(1, (batch_size, n_particles)).squeeze(3)
+        pairs = th.cat([self.features(obs), actions], dim=1)
+        next_pairs = th.cat([next_features, next_actions.flatten(0, 1)], dim=1)
+        results = [renormalised_forward(net, pairs, next_pairs) for net in self.q_networks]  # type: ignore[arg-type]
+        q_values, next_q_values = (th.stack(values) for values in zip(*results, strict=True))
+        return q_values, next_q_values.unflatten(1, (-1, n_particles)).squeeze(3)
 
     def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         q_values = self.q_values(self.features(obs), actions.unsqueeze(1))

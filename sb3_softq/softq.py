@@ -57,7 +57,8 @@ class SoftQ(MaximumEntropyAlgorithm):
 
     The critic regresses on r + gamma V(s') with the soft value V estimated from particles
     (:func:`sb3_softq.soft_value.soft_value`). It has batch normalisation and no target networks, as in CrossQ
-    (Bhatt et al. 2024, https://arxiv.org/abs/1902.05605). The actor follows amortized Stein variational gradient descent
+    (Bhatt et al. 2024, https://arxiv.org/abs/1902.05605), but with the gradient of batch renormalisation
+    (:func:`sb3_softq.policies.renormalised_forward`). The actor follows amortized Stein variational gradient descent
     (:func:`sb3_softq.stein.stein_direction`), and the temperature adapts to a target entropy as in SAC. An average of the
     actor's weights over the last updates is the policy that was learned; the newest actor only explores.
 
@@ -67,7 +68,7 @@ class SoftQ(MaximumEntropyAlgorithm):
         it can be a function of the current progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
-    :param batch_size: Minibatch size for each gradient update
+    :param batch_size: Minibatch size for each gradient update, at least 2 with batch normalisation
     :param tau: the soft update coefficient ("Polyak update", between 0 and 1) of the target critics. With 1 the critics
         are their own target, for which they need batch normalisation; SAC's, without it, is
         ``tau=0.005, learning_rate=3e-4, policy_kwargs=dict(batch_norm=False)``
@@ -268,6 +269,11 @@ class SoftQ(MaximumEntropyAlgorithm):
         if self.policy_kwargs.get("smoothing") == "none" and self.repulsion == "density":
             raise ValueError(
                 "repulsion='density' is not allowed with smoothing='none', which has no density: it must be 'kernel'"
+            )
+        if self.batch_size == 1 and self.policy_kwargs.get("batch_norm", True):
+            raise ValueError(
+                "batch_size=1 is not allowed: it must be an integer >= 2 with batch normalisation "
+                "(policy_kwargs=dict(batch_norm=False) does without)"
             )
         check_flag("bfloat16", self.bfloat16)
         check_flag("compile", self.compile)

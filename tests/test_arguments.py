@@ -82,7 +82,13 @@ def test_integers(name, value):
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_smallest_integer_is_allowed(name):
-    assert make(**{name: np.int64(INTEGERS[name])}).learn(10).num_timesteps == 10
+    kwargs = {"policy_kwargs": {"batch_norm": False}} if name == "batch_size" else {}
+    assert make(**{name: np.int64(INTEGERS[name])}, **kwargs).learn(10).num_timesteps == 10
+
+
+def test_batch_normalisation_needs_a_batch():
+    assert "an integer >= 2" in refused("batch_size", 1)
+    assert make(batch_size=2).learn(10).num_timesteps == 10
 
 
 @pytest.mark.parametrize("name", ["tau", "gamma"])

@@ -239,6 +239,26 @@ def test_variant_one_critic(train_cell, variant):
     assert th.equal(train_cell.SoftQ._min_q_values(critic, OBSERVATIONS, u), first)
 
 
+def test_variant_joint_gradient(train_cell, variant):
+    """The same Q, other gradients, but for particles that are copies of the transitions."""
+    critic = small_agent(train_cell).critic.train()
+
+    def q_and_gradients(next_obs: th.Tensor, next_actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        q_values, next_q_values = critic.joint_q_values(OBSERVATIONS, actions, next_obs, next_actions)
+        gradients = th.autograd.grad(q_values.sub(1).square().sum(), list(critic.parameters()))
+        return th.cat([q_values, next_q_values], dim=2), th.cat([gradient.flatten() for gradient in gradients])
+
+    actions = th.tanh(OBSERVATIONS[:, :1])
+    batches = (OBSERVATIONS, actions.unsqueeze(1).repeat(1, 2, 1)), (OBSERVATIONS.flip(0), th.zeros(500, 2, 1))
+    (same_q, same), (other_q, other) = (q_and_gradients(*batch) for batch in batches)
+    variant("joint_gradient")
+    (joint_same_q, joint_same), (joint_other_q, joint_other) = (q_and_gradients(*batch) for batch in batches)
+    th.testing.assert_close(joint_same_q, same_q)
+    th.testing.assert_close(joint_other_q, other_q)
+    th.testing.assert_close(joint_same, same, rtol=1e-3, atol=1e-3)
+    assert (joint_other - other).norm() > 0.05 * other.norm()
+
+
 def test_variant_explore_with_centres(train_cell, variant):
     """With almost no shift, centres are the noise xi, and smoothing noise of 0.7 makes the actions wider."""
     policy = small_agent(train_cell, policy_kwargs=dict(log_std_init=-0.3)).policy

@@ -1,5 +1,6 @@
 """SoftQ trains with every option, policy, space and wrapper that Stable-Baselines3 offers an off-policy algorithm."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTrans
 from torch import nn
 
 from sb3_softq import SoftQ
+from sb3_softq.policies import renormalised_forward
 
 
 class RandomEnv(gym.Env):
@@ -297,18 +299,17 @@ def test_running_statistics_of_the_critics():
     model = make(n_value_particles=3, tau=1.0, policy_kwargs=dict(batch_norm=True)).learn(20)
     critic = model.critic
     data = model.replay_buffer.sample(16)
-    inputs = []
-    hook = critic.q_networks[0].register_forward_pre_hook(lambda net, args: inputs.append(args[0].detach()))
     norm = critic.q_networks[0][0]
-    before = norm.running_mean.clone()
+    before = norm.running_mean.clone(), norm.running_var.clone()
     model.policy.set_training_mode(True)
+    th.manual_seed(1)
+    u, _ = model._propose(data.next_observations, 3)
+    th.manual_seed(1)
     model._update_critic(data, model._ent_coef_tensor())
-    hook.remove()
-    (pairs,) = inputs
-    assert pairs.shape == (16 * 4, 4)
-    assert th.equal(pairs[:16], th.cat([data.observations, data.actions], dim=1))
-    assert th.equal(pairs[16:, :3], data.next_observations.repeat_interleave(3, dim=0))
-    th.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * pairs.mean(dim=0))
+    obs = th.cat([data.observations, data.next_observations.repeat(3, 1)])
+    pairs = th.cat([obs, th.cat([data.actions, *th.tanh(u).unbind(1)])], dim=1)
+    th.testing.assert_close(norm.running_mean, 0.9 * before[0] + 0.1 * pairs.mean(dim=0))
+    th.testing.assert_close(norm.running_var, 0.9 * before[1] + 0.1 * pairs.var(dim=0))
 
     statistics = [buffer.clone() for buffer in critic.buffers()]
     model._update_actor(data.observations, model._ent_coef_tensor())
@@ -322,6 +323,52 @@ def test_running_statistics_of_the_critics():
     expected = th.stack([th.stack([net(pair) for pair in pairs.unbind(1)], dim=1).squeeze(2) for net in critic.q_networks])
     for values in q_values:
         th.testing.assert_close(values, expected)
+
+
+def renormalised(net, x, joint):
+    """Batch renormalisation, Algorithm 1 of arXiv 1702.03275 without its bounds and with the statistics of the joint batch."""
+    for layer in net:
+        if isinstance(layer, nn.BatchNorm1d):
+            mean, std = (z.mean(dim=0) for z in (x, joint)), ((z.var(dim=0, correction=0) + 1e-3).sqrt() for z in (x, joint))
+            (own_mean, joint_mean), (own_std, joint_std) = mean, std
+            r, d = (own_std / joint_std).detach(), ((own_mean - joint_mean) / joint_std).detach()
+            x = ((x - own_mean) / own_std * r + d) * layer.weight + layer.bias
+            joint = (joint - joint_mean) / joint_std * layer.weight + layer.bias
+        else:
+            x, joint = layer(x), layer(joint)
+    return x, joint[len(x) :]
+
+
+def critic_gradients(q_values, net):
+    return th.autograd.grad((q_values - 1.0).square().mean(), list(net.parameters()))
+
+
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
+def test_gradients_of_batch_renormalisation(activation_fn):
+    model = make(policy_kwargs=dict(net_arch=[8, 8], activation_fn=activation_fn)).learn(20)
+    net = model.critic.q_networks[0].double()
+    pairs, next_pairs = th.randn(16, 4, dtype=th.float64), 0.5 + 2.0 * th.randn(48, 4, dtype=th.float64)
+    oracle = copy.deepcopy(net)
+    expected, expected_next = renormalised(oracle, pairs, th.cat([pairs, next_pairs]))
+    q_values, next_q_values = renormalised_forward(net, pairs, next_pairs)
+    assert not next_q_values.requires_grad
+    # what follows has no more digits than float32
+    th.testing.assert_close(q_values, expected.float())
+    th.testing.assert_close(next_q_values, expected_next.float())
+    th.testing.assert_close(critic_gradients(q_values, net), critic_gradients(expected, oracle), rtol=1e-5, atol=1e-7)
+
+
+def test_batch_renormalisation_of_one_distribution():
+    """Where the next pairs are copies of the transitions, the gradient is that of one pass through all of them."""
+    model = make(policy_kwargs=dict(net_arch=[8, 8])).learn(20)
+    net = model.critic.q_networks[0].double()
+    oracle = copy.deepcopy(net)
+    pairs = th.randn(16, 4, dtype=th.float64)
+    expected = batch_normalised(oracle, pairs.repeat(4, 1))[:16]
+    q_values, _ = renormalised_forward(net, pairs, pairs.repeat(3, 1))
+    th.testing.assert_close(
+        critic_gradients(q_values.squeeze(1), net), critic_gradients(expected, oracle), rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("policy_delay", [1, 2])

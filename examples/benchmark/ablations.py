@@ -19,6 +19,7 @@ from learning import CHECKPOINT_FREQ, HERE, LOGS, Cell, make_parser, positive, r
 
 # Not that of the results: ablations decide about settings
 EVALUATION_SEED = 5_000
+RESULTS = HERE / "results" / "ablations.csv"
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -55,8 +56,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "fixed-temperature-0.1": dict(ent_coef=0.1),
     "fixed-temperature-0.03": dict(ent_coef=0.03),
     "temperature-from-1": dict(ent_coef="auto"),
-    "statistics-of-one-particle": dict(variant="statistics_of_one_particle"),
-    "renormalised-transitions": dict(variant="renormalised_transitions"),
+    "joint-gradient": dict(variant="joint_gradient"),
     "no-batch-norm": {"policy_kwargs.batch_norm": False, "tau": 0.005, "learning_rate": 3e-4},
 }
 
@@ -85,9 +85,11 @@ def run(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Deterministic return: mean over seeds on the way, each seed at the end, and against the defaults of the same seeds."""
-    command = ["collect", "--name", args.csv.stem, "--out", str(args.csv.parent), "--update", "--logs", str(args.logs)]
-    settings = make_parser().parse_args(command)
-    settings.command(settings)
+    if args.csv is None:
+        args.csv = RESULTS
+        command = ["collect", "--name", RESULTS.stem, "--out", str(RESULTS.parent), "--update", "--logs", str(args.logs)]
+        settings = make_parser().parse_args(command)
+        settings.command(settings)
     # env -> label -> seed -> step -> return
     results: dict[str, dict[str, dict[int, dict[int, float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for row in read_rows(args.csv):
@@ -97,7 +99,8 @@ def table(args: argparse.Namespace) -> None:
         steps = [evaluated[len(evaluated) * part // 3 - 1] for part in (1, 2, 3)]
         last = steps[-1]
         print(f"\n| {env} | {' | '.join(f'{step:,}' for step in steps)} | by seed | to the defaults |\n" + "|---" * 6 + "|")
-        for label in [label for label in ABLATIONS if label in labels]:
+        # last, those that an older CSV has and the list no longer
+        for label in sorted(labels, key=lambda label: [*ABLATIONS, label].index(label)):
             finished = {seed: returns for seed, returns in labels[label].items() if last in returns}
             if not finished:
                 continue
@@ -123,7 +126,7 @@ def main() -> None:
     command.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), metavar="LABEL")
     command = subparsers.add_parser("table", help="collect the results and print the table")
     command.set_defaults(command=table)
-    command.add_argument("--csv", type=Path, default=HERE / "results" / "ablations.csv")
+    command.add_argument("--csv", type=Path, help=f"of these results, instead of adding those of the logs to {RESULTS.name}")
     args = parser.parse_args()
     args.command(args)
 

@@ -25,7 +25,7 @@ from sb3_softq import SoftQ
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no batch normalisation": dict(tau=0.005, policy_kwargs={"batch_norm": False}),
-    "batch statistics of one particle": dict(variant="statistics_of_one_particle"),
+    "joint gradient": dict(variant="joint_gradient"),
     "no further particles in the density": dict(n_density_particles=0),
     "delta kernel": dict(kernel="delta"),
     "half as many updates of the actor": dict(policy_delay=2),

@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch import nn
 
 from sb3_softq import SoftQ
 from sb3_softq.policies import ParticleCritic, SamplingActor, SoftQPolicy
@@ -94,90 +93,23 @@ def explore_with_centres() -> None:
     patch.object(SoftQPolicy, "_predict", centres).start()
 
 
-def statistics_of_one_particle() -> None:
+def joint_gradient() -> None:
     """
-    Batch normalisation has the statistics of the transitions and one particle of each next state, as in CrossQ, not of all
-    particles: the others are normalised by them and need no gradient.
+    As in CrossQ, the gradient of batch normalisation goes through all rows of the joint pass, the particles of the next states
+    included, not through the transitions alone.
     """
-
-    def forward(net: nn.Sequential, pairs: th.Tensor, others: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        for layer in net:
-            if isinstance(layer, nn.BatchNorm1d):
-                assert layer.momentum is not None
-                pairs, mean, inv_std = th.native_batch_norm(
-                    pairs, layer.weight, layer.bias, layer.running_mean, layer.running_var, True, layer.momentum, layer.eps
-                )
-                with th.no_grad():
-                    others = (others - mean) * (layer.weight * inv_std) + layer.bias
-            else:
-                pairs = layer(pairs)
-                with th.no_grad():
-                    others = layer(others)
-        return pairs, others
 
     def joint_q_values(
         self: ParticleCritic, obs: PyTorchObs, actions: th.Tensor, next_obs: PyTorchObs, next_actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
-        first, rest = next_actions.split([1, next_actions.shape[1] - 1], dim=1)
-        with th.no_grad():
-            next_features = self.features(next_obs)
-            others = th.cat([next_features.repeat_interleave(rest.shape[1], dim=0), rest.flatten(0, 1)], dim=1)
-        features = th.cat([self.features(obs), next_features])
-        pairs = th.cat([features, th.cat([actions, first.squeeze(1)])], dim=1)
-        results = [forward(net, pairs, others) for net in self.q_networks]  # type: ignore[arg-type]
-        q_values, first_q_values = th.stack([result[0] for result in results]).float().chunk(2, dim=1)
-        other_q_values = th.stack([result[1] for result in results]).float().view(len(results), *rest.shape[:2])
-        return q_values, th.cat([first_q_values.detach(), other_q_values], dim=2)
-
-    patch.object(ParticleCritic, "joint_q_values", joint_q_values).start()
-
-
-def renormalised_transitions() -> None:
-    """
-    Batch renormalisation (Ioffe 2017, https://arxiv.org/abs/1702.03275) of the transitions: their own statistics, corrected by
-    constants to those of the transitions and all particles. The particles then have no part in the backward pass.
-    """
-
-    def forward(net: nn.Sequential, pairs: th.Tensor, next_pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        for layer in net:
-            if isinstance(layer, nn.BatchNorm1d):
-                assert layer.momentum is not None
-                with th.no_grad():
-                    joint, mean, inv_std = th.native_batch_norm(
-                        th.cat([pairs, next_pairs]),
-                        layer.weight,
-                        layer.bias,
-                        layer.running_mean,
-                        layer.running_var,
-                        True,
-                        layer.momentum,
-                        layer.eps,
-                    )
-                    next_pairs = joint[len(pairs) :]
-                    _, own_mean, own_inv_std = th.native_batch_norm(pairs, None, None, None, None, True, 0.0, layer.eps)
-                    r = inv_std / own_inv_std
-                    d = (own_mean - mean) * inv_std
-                pairs = th.native_batch_norm(
-                    pairs, layer.weight * r, layer.bias + layer.weight * d, None, None, True, 0.0, layer.eps
-                )[0]
-            else:
-                pairs = layer(pairs)
-                with th.no_grad():
-                    next_pairs = layer(next_pairs)
-        return pairs, next_pairs
-
-    def joint_q_values(
-        self: ParticleCritic, obs: PyTorchObs, actions: th.Tensor, next_obs: PyTorchObs, next_actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor]:
-        n_particles = next_actions.shape[1]
+        batch_size, n_particles, _ = next_actions.shape
         with th.no_grad():
             next_features = self.features(next_obs).repeat_interleave(n_particles, dim=0)
-            next_pairs = th.cat([next_features, next_actions.flatten(0, 1)], dim=1)
-        pairs = th.cat([self.features(obs), actions], dim=1)
-        results = [forward(net, pairs, next_pairs) for net in self.q_networks]  # type: ignore[arg-type]
-        q_values = th.stack([result[0] for result in results]).float()
-        next_q_values = th.stack([result[1] for result in results]).float()
-        return q_values, next_q_values.view(len(results), -1, n_particles)
+        features = th.cat([self.features(obs), next_features])
+        pairs = th.cat([features, th.cat([actions, next_actions.flatten(0, 1)])], dim=1)
+        q_values = th.stack([net(pairs) for net in self.q_networks]).float()
+        q_values, next_q_values = q_values.split([batch_size, batch_size * n_particles], dim=1)
+        return q_values, next_q_values.detach().unflatten(1, (batch_size, n_particles)).squeeze(3)
 
     patch.object(ParticleCritic, "joint_q_values", joint_q_values).start()
 
@@ -192,7 +124,6 @@ VARIANTS = {
         density_in_value,
         one_critic_in_stein_step,
         explore_with_centres,
-        statistics_of_one_particle,
-        renormalised_transitions,
+        joint_gradient,
     )
 }
