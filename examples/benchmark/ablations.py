@@ -19,7 +19,6 @@ from learning import CHECKPOINT_FREQ, HERE, LOGS, Cell, make_parser, positive, r
 
 # Not that of the results: ablations decide about settings
 EVALUATION_SEED = 5_000
-RESULTS = HERE / "results" / "ablations.csv"
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -85,9 +84,8 @@ def run(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Deterministic return: mean over seeds on the way, each seed at the end, and against the defaults of the same seeds."""
-    if args.csv is None:
-        args.csv = RESULTS
-        command = ["collect", "--name", RESULTS.stem, "--out", str(RESULTS.parent), "--update", "--logs", str(args.logs)]
+    if not args.no_collect:
+        command = ["collect", "--name", args.csv.stem, "--out", str(args.csv.parent), "--update", "--logs", str(args.logs)]
         settings = make_parser().parse_args(command)
         settings.command(settings)
     # env -> label -> seed -> step -> return
@@ -126,7 +124,8 @@ def main() -> None:
     command.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), metavar="LABEL")
     command = subparsers.add_parser("table", help="collect the results and print the table")
     command.set_defaults(command=table)
-    command.add_argument("--csv", type=Path, help=f"of these results, instead of adding those of the logs to {RESULTS.name}")
+    command.add_argument("--csv", type=Path, default=HERE / "results" / "ablations.csv")
+    command.add_argument("--no-collect", action="store_true", help="the table of the CSV as it is, without the logs")
     args = parser.parse_args()
     args.command(args)
 
