@@ -329,8 +329,8 @@ def renormalised(net, x, joint):
     """Batch renormalisation, Algorithm 1 of arXiv 1702.03275 without its bounds and with the statistics of the joint batch."""
     for layer in net:
         if isinstance(layer, nn.BatchNorm1d):
-            mean, std = (z.mean(dim=0) for z in (x, joint)), ((z.var(dim=0, correction=0) + 1e-3).sqrt() for z in (x, joint))
-            (own_mean, joint_mean), (own_std, joint_std) = mean, std
+            own_mean, joint_mean = (z.mean(dim=0) for z in (x, joint))
+            own_std, joint_std = ((z.var(dim=0, correction=0) + 1e-3).sqrt() for z in (x, joint))
             r, d = (own_std / joint_std).detach(), ((own_mean - joint_mean) / joint_std).detach()
             x = ((x - own_mean) / own_std * r + d) * layer.weight + layer.bias
             joint = (joint - joint_mean) / joint_std * layer.weight + layer.bias

@@ -98,7 +98,7 @@ def table(args: argparse.Namespace) -> None:
         last = steps[-1]
         print(f"\n| {env} | {' | '.join(f'{step:,}' for step in steps)} | by seed | to the defaults |\n" + "|---" * 6 + "|")
         # last, those that an older CSV has and the list no longer
-        for label in sorted(labels, key=lambda label: [*ABLATIONS, label].index(label)):
+        for label in dict.fromkeys([*ABLATIONS, *labels]):
             finished = {seed: returns for seed, returns in labels[label].items() if last in returns}
             if not finished:
                 continue
