@@ -11,7 +11,8 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -125,6 +126,10 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         """Target of the entropy for ``target_entropy="auto"``, in nats."""
 
     @abstractmethod
+    def _entropy_bounds(self) -> tuple[float, float]:
+        """The least and the largest entropy that a policy can have, in nats."""
+
+    @abstractmethod
     def _optimizers(self) -> list[th.optim.Optimizer]:
         """Those that follow ``learning_rate``."""
 
@@ -173,8 +178,13 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
                 "optimize_memory_usage=True is not allowed with n_steps > 1 or Dict observations: it must be False, "
                 "since Stable-Baselines3 has no such buffer"
             )
-        if self.replay_buffer_class is None and self.n_steps > 1 and has_dict:
+        if self.n_steps > 1 and has_dict:
             raise ValueError(f"n_steps={self.n_steps} is not allowed with Dict observations: it must be 1")
+        if self.n_steps > 1 and self.replay_buffer_class is not None:
+            raise ValueError(
+                f"n_steps={self.n_steps} is not allowed with a replay_buffer_class, which would not hear of it: it must be 1 "
+                "(what the buffer takes itself goes into replay_buffer_kwargs)"
+            )
         if self.replay_buffer_class is not None and issubclass(self.replay_buffer_class, DictReplayBuffer) != has_dict:
             kind = "DictReplayBuffer or HerReplayBuffer" if has_dict else "a buffer for observations that are no Dict"
             raise ValueError(f"replay_buffer_class={self.replay_buffer_class!r} is not allowed: it must be {kind}")
@@ -188,7 +198,8 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         if isinstance(self.target_entropy, str):
             check_auto("target_entropy", self.target_entropy, with_initial_value=False)
         else:
-            check_number("target_entropy", self.target_entropy)
+            # towards one that no policy has, the temperature would run away
+            check_number("target_entropy", self.target_entropy, *self._entropy_bounds())
         check_keywords("policy_kwargs", self.policy_kwargs, self.policy_class)
 
     def _setup_lr_schedule(self) -> None:
@@ -197,6 +208,9 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         # here, not in the constructor: load() fills in the arguments later
+        if self._is_loaded and self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:
+            # SB3's choice, not the user's: it is made again, with the n_steps and gamma of now
+            self.replay_buffer_class = None
         self._check_arguments()
         self._convert_numbers()
         super()._setup_model()
@@ -263,7 +277,24 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             raw_obs, raw_reward = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
         check_finite("reward", raw_reward, self.num_timesteps)
         check_finite("observation", raw_obs, self.num_timesteps)
+        # new_obs is the next episode's first one by then
+        for env_idx in np.flatnonzero(dones):
+            last_obs = infos[env_idx].get("terminal_observation")
+            if last_obs is not None:
+                check_finite("last observation", last_obs, self.num_timesteps, int(env_idx))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        total_timesteps, callback = super()._setup_learn(*args, **kwargs)
+        first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
+        assert first_obs is not None
+        check_finite("first observation", first_obs, self.num_timesteps)
+        return total_timesteps, callback
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may go on beyond the end, where no schedule was tried
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _update_ent_coef(self, entropy: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the temperature: up while the policy's entropy is below its target, down while it is above."""
@@ -315,7 +346,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 4,
-        tb_log_name: str = "SoftQ",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfMaximumEntropy:
@@ -324,7 +355,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             total_timesteps=int(total_timesteps),
             callback=callback,
             log_interval=log_interval,
-            tb_log_name=tb_log_name,
+            tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def _imageio() -> ModuleType:
+    try:
+        import imageio.v3 as iio
+    except ImportError as error:
+        raise ImportError('the animation needs imageio: pip install "sb3-softq[extra]"') from error
+    return iio
+
+
 class PlotCallback(BaseCallback):
     """
     Save a picture of the agent every ``freq`` steps, and an animation of all of them at the end.
@@ -24,12 +33,15 @@ class PlotCallback(BaseCallback):
     :param freq: Steps between two frames
     :param fps: Frames per second of the animation
     :raises ValueError: if ``freq`` or ``fps`` is not an integer >= 1
+    :raises ImportError: without the extra ``extra``
     """
 
     def __init__(self, draw: Callable[[BaseAlgorithm], "Figure"], folder: str | Path, freq: int = 1000, fps: int = 5):
         super().__init__()
         check_integer("freq", freq, 1)
         check_integer("fps", fps, 1)
+        # before training, not after it
+        _imageio()
         self.draw = draw
         self.folder = Path(folder)
         self.freq = freq
@@ -49,10 +61,7 @@ class PlotCallback(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        try:
-            import imageio.v3 as iio
-        except ImportError as error:
-            raise ImportError('the animation needs imageio: pip install "sb3-softq[extra]"') from error
+        iio = _imageio()
         if self.frames:
             images = np.stack([iio.imread(frame)[..., :3] for frame in self.frames])
             iio.imwrite(self.folder / "animation.gif", images, duration=1000 / self.fps, loop=0)

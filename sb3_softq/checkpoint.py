@@ -135,6 +135,7 @@ def resume(cls: type[SelfOffPolicyAlgorithm], path: str | Path, env: GymEnv, **k
     :param kwargs: Further arguments of ``cls.load``, such as ``device``
     :return: The model as it was saved
     :raises FileNotFoundError: if there is no checkpoint
+    :raises ValueError: if the ``VecNormalize`` of ``env`` normalises observations and the saved one does not, or vice versa
     """
     folder = latest(path)
     if folder is None:
@@ -202,7 +203,14 @@ def _restore_vec_normalize(statistics: Path, env: VecEnv) -> VecEnv:
     if vec_normalize is None:
         return VecNormalize.load(str(statistics), env)
     saved = VecNormalize.load(str(statistics), vec_normalize.venv)
-    vec_normalize.obs_rms, vec_normalize.ret_rms = saved.obs_rms, saved.ret_rms
+    if vec_normalize.norm_obs != saved.norm_obs:
+        raise ValueError(
+            f"VecNormalize(norm_obs={vec_normalize.norm_obs!r}) is not allowed: "
+            f"it must be {saved.norm_obs!r}, as in the checkpoint"
+        )
+    vec_normalize.ret_rms = saved.ret_rms
+    if saved.norm_obs:
+        vec_normalize.obs_rms = saved.obs_rms
     return env
 
 

@@ -255,18 +255,22 @@ def check_observation_space(space: spaces.Space) -> None:
 def check_action_space(space: spaces.Space) -> None:
     """
     :param space: Action space of the environment
-    :raises ValueError: if it is no Box, empty, unbounded or has a dimension of width zero
+    :raises ValueError: if it is no Box of real numbers, empty, unbounded or has a dimension of width zero
     """
     if isinstance(space, spaces.Discrete):
         raise _refuse("action_space", space, "a Box: for Discrete ones there is sb3_softq.DiscreteSoftQ")
     if (
         not isinstance(space, spaces.Box)
+        # the replay buffer would round the actions of an integer one
+        or not np.issubdtype(space.dtype, np.floating)
         or space.low.size == 0
         or not (np.isfinite(space.low).all() and np.isfinite(space.high).all())
         or not (space.low < space.high).all()
     ):
         raise _refuse(
-            "action_space", space, "a Box with finite bounds, low < high in every dimension, and at least one dimension"
+            "action_space",
+            space,
+            "a Box of floats with finite bounds, low < high in every dimension, and at least one dimension",
         )
 
 
@@ -281,19 +285,22 @@ def check_discrete_action_space(space: spaces.Space) -> None:
         raise _refuse("action_space", space, "Discrete, with actions from 0")
 
 
-def check_finite(name: str, batch: np.ndarray | dict[str, np.ndarray], num_timesteps: int) -> None:
+def check_finite(name: str, data: np.ndarray | dict[str, np.ndarray], num_timesteps: int, env_idx: int | None = None) -> None:
     """
     :param name: What the data is
-    :param batch: Data of one step, the first axis counts the environments
+    :param data: Data of one step, the first axis counts the environments, or of one environment
     :param num_timesteps: Number of steps so far
+    :param env_idx: Of the one environment
     :raises ValueError: if a value is NaN or infinite, naming the environment
     """
-    for key, values in batch.items() if isinstance(batch, dict) else [("", batch)]:
+    for key, values in data.items() if isinstance(data, dict) else [("", data)]:
         if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-            env_idx = int(np.argwhere(~np.isfinite(values))[0][0])
+            if env_idx is None:
+                env_idx = int(np.argwhere(~np.isfinite(values))[0][0])
+                values = values[env_idx]
             raise ValueError(
                 f"{name}{f' {key!r}' if key else ''} of environment {env_idx} is not finite at step {num_timesteps}: "
-                f"{values[env_idx]}. Training stopped before it was stored."
+                f"{values}. Training stopped before it was stored."
             )
 
 

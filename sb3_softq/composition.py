@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import nn
 
 from sb3_softq.checks import check_integer, check_number
@@ -126,7 +127,7 @@ def compose(
         ``load_replay_buffer``)
     :param weights: Weight of each agent's Q, 1 by default
     :param gradient_steps: Number of updates of the actor
-    :param env: Environment of the composed agent (default: the first agent's, None if it has none)
+    :param env: Environment of the composed agent (default: the first agent's, None if it has none), without VecNormalize
     :param kwargs: Arguments of :class:`SoftQ`, such as ``learning_rate``, ``batch_size``, ``seed``; ``ent_coef`` if it shall
         differ from the agents'
     :return: The agent, trained
@@ -137,7 +138,13 @@ def compose(
     _check_agents(agents, weights, with_temperature="ent_coef" not in kwargs)
     check_integer("gradient_steps", gradient_steps, 1)
     first = agents[0]
-    buffer = _union([agent.replay_buffer for agent in agents])  # type: ignore[misc]
+    env = env or first.get_env()
+    if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
+        raise ValueError(f"env={env!r} is not allowed: it must be without VecNormalize, as the agents are")
+    for name in _OF_THE_BUFFER & kwargs.keys():
+        raise ValueError(f"{name}={kwargs[name]!r} is not allowed: the replay buffer is the union of the agents'")
+    buffers: list[ReplayBuffer] = [agent.replay_buffer for agent in agents]  # type: ignore[misc]
+    n_envs = env.num_envs if isinstance(env, VecEnv) else 1
 
     members = [(type(agent.policy), agent.policy._get_constructor_parameters()) for agent in agents]
     own = {name: value for name, value in members[0][1].items() if name in _ACTOR_ARGUMENTS}
@@ -147,15 +154,16 @@ def compose(
         learning_starts=0, ent_coef=float(first._ent_coef_tensor()), gamma=first.gamma, device=first.device, seed=first.seed
     )
     settings |= {name: getattr(first, name) for name in _SHARED_SETTINGS}
-    settings |= kwargs | dict(policy_kwargs=policy_kwargs, buffer_size=buffer.buffer_size)
+    buffer_size = sum(buffer.size() * buffer.n_envs for buffer in buffers)
+    settings |= kwargs | dict(policy_kwargs=policy_kwargs, buffer_size=buffer_size)
     model = ComposedSoftQ(ComposedPolicy, None, **settings, _init_setup_model=False)  # type: ignore[arg-type]
-    model.observation_space, model.action_space, model.n_envs = first.observation_space, first.action_space, 1
+    model.observation_space, model.action_space, model.n_envs = first.observation_space, first.action_space, n_envs
     model._setup_model()
     for critics in (model.critic.critics, model.critic_target.critics):
         for copy, agent in zip(critics, agents, strict=True):  # type: ignore[arg-type]
             copy.load_state_dict(agent.critic.state_dict())
-    model.replay_buffer = buffer
-    env = env or first.get_env()
+    assert model.replay_buffer is not None
+    _fill(model.replay_buffer, buffers)
     if env is not None:
         model.set_env(env, force_reset=True)
 
@@ -167,6 +175,7 @@ def compose(
     return model
 
 
+_OF_THE_BUFFER = {"buffer_size", "replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage", "n_steps"}
 # What the composed agent takes over from the first one
 _ACTOR_ARGUMENTS = (
     "activation_fn",
@@ -225,14 +234,11 @@ def _check_agents(agents: list[SoftQ], weights: list[float], with_temperature: b
             )
 
 
-def _union(buffers: list[ReplayBuffer]) -> ReplayBuffer:
-    """All transitions in one buffer; those of several environments one after the other."""
-    sizes = [buffer.size() * buffer.n_envs for buffer in buffers]
-    first = buffers[0]
-    cls = DictReplayBuffer if isinstance(first, DictReplayBuffer) else ReplayBuffer
-    union = cls(sum(sizes), first.observation_space, first.action_space, device=first.device)  # type: ignore[arg-type]
-    stop = np.cumsum(sizes)
-    for buffer, size, end in zip(buffers, sizes, stop, strict=True):
+def _fill(union: ReplayBuffer, buffers: list[ReplayBuffer]) -> None:
+    """All transitions of the buffers, one after the other (but those that do not fill a row of all environments)."""
+    end = 0
+    for buffer in buffers:
+        start, end = end, end + buffer.size() * buffer.n_envs
         for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
             if name == "next_observations" and buffer.optimize_memory_usage:
                 source: Any = np.roll(buffer.observations, -1, axis=0)
@@ -241,6 +247,6 @@ def _union(buffers: list[ReplayBuffer]) -> ReplayBuffer:
             target = getattr(union, name)
             for key in source if isinstance(source, dict) else [None]:
                 values, place = (source, target) if key is None else (source[key], target[key])
-                place[end - size : end, 0] = values[: buffer.size()].reshape(size, *values.shape[2:])
+                place = place.reshape(-1, *place.shape[2:])[start:end]
+                place[:] = values[: buffer.size()].reshape(-1, *values.shape[2:])[: len(place)]
     union.full = True
-    return union

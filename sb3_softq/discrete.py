@@ -7,7 +7,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
 from stable_baselines3.dqn.policies import CnnPolicy as DQNCnnPolicy
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPolicy
@@ -169,6 +169,14 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         super()._setup_model()
         self.policy.ent_coef.copy_(self._ent_coef_tensor())
 
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        if self.log_ent_coef is None:
+            # load() may have been given another temperature than the policy was saved with
+            self.policy.ent_coef.copy_(self._ent_coef_tensor())
+
     def _create_aliases(self) -> None:
         self.critic = self.policy.q_net
         self.critic_target = self.policy.q_net_target
@@ -185,6 +193,9 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
 
     def _auto_target_entropy(self) -> float:
         return 0.1 * float(np.log(self.action_space.n))
+
+    def _entropy_bounds(self) -> tuple[float, float]:
+        return 0.0, float(np.log(self.action_space.n))
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.policy.optimizer]

@@ -9,6 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
@@ -86,7 +87,7 @@ class SoftQ(MaximumEntropyAlgorithm):
     :param ent_coef: Temperature alpha (the inverse of the reward scale of the original): ``"auto_0.1"`` learns it
         from the initial value 0.1, ``"auto"`` from 1; a positive float, or a function of the progress remaining, sets it.
     :param target_entropy: Target of the policy's entropy in nats over the normalised box (-1, 1)^d when ``ent_coef`` is
-        learned. ``"auto"`` is -d.
+        learned, at most d log(2), that of uniform actions. ``"auto"`` is -d.
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps
     :param actor_tau: Step, in (0, 1], of the averaged actor towards the one that is trained, after each of its updates. The
         averaged actor is what ``predict`` and the queries ask, and gives the particles of the soft value (the place of the
@@ -99,7 +100,7 @@ class SoftQ(MaximumEntropyAlgorithm):
     :param n_density_particles: Number of further particles per state that only help to evaluate the density of those
         that move
     :param proposal: Where the particles of the soft value come from: ``"policy"``, ``"uniform"`` over the action box,
-        or ``"mixture"``, half of each
+        or ``"mixture"``, half of each (``n_value_particles`` >= 2)
     :param kernel: Kernel of the Stein step: ``"rbf"``, ``"imq"`` (inverse multiquadric) or ``"delta"`` (its limit of
         bandwidth 0)
     :param bandwidth: Bandwidth of the kernel in squared units of the pre-tanh action, ``"median"`` for the heuristic
@@ -247,6 +248,11 @@ class SoftQ(MaximumEntropyAlgorithm):
             check_integer(name, getattr(self, name), 1)
         check_integer("n_density_particles", self.n_density_particles, 0)
         check_choice("proposal", self.proposal, get_args(ProposalName))
+        if self.proposal == "mixture" and self.n_value_particles < 2:
+            raise ValueError(
+                f"n_value_particles={self.n_value_particles} is not allowed with proposal='mixture', half of each: "
+                "it must be an integer >= 2"
+            )
         check_choice("kernel", self.kernel, get_args(KernelName))
         check_choice("repulsion", self.repulsion, get_args(RepulsionName))
         if isinstance(self.bandwidth, str):
@@ -277,8 +283,14 @@ class SoftQ(MaximumEntropyAlgorithm):
             )
         check_flag("bfloat16", self.bfloat16)
         check_flag("compile", self.compile)
+        # An agent that was trained elsewhere may act where nothing can be compiled
+        if self.compile and not self._is_loaded:
+            check_compiler(self.device)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.compile:
             check_compiler(self.device)
+        return super()._setup_learn(*args, **kwargs)
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
@@ -286,6 +298,10 @@ class SoftQ(MaximumEntropyAlgorithm):
 
     def _auto_target_entropy(self) -> float:
         return -float(math.prod(self.action_space.shape))
+
+    def _entropy_bounds(self) -> tuple[float, float]:
+        # that of uniform actions in (-1, 1)^d
+        return -math.inf, math.prod(self.action_space.shape) * math.log(2.0)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.actor.optimizer, self.critic.optimizer]
@@ -327,7 +343,7 @@ class SoftQ(MaximumEntropyAlgorithm):
     def _update_actor(self, obs: PyTorchObs, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the sampler along the Stein direction."""
         self.actor.optimizer.zero_grad()
-        stats = self._call(SoftQ._actor_gradients, _slice(obs, 0, self.n_actor_states), ent_coef * self._annealing())
+        stats = self._call(SoftQ._actor_gradients, _spread(obs, self.n_actor_states), ent_coef * self._annealing())
         self.actor.optimizer.step()
         n_updates = self._n_updates / self.policy_delay
         polyak_update(self.actor, self.averaged_actor, max(self.actor_tau, AVERAGING_PARTS / (n_updates + AVERAGING_PARTS)))
@@ -506,7 +522,8 @@ class SoftQ(MaximumEntropyAlgorithm):
 
         :param obs: One observation or a batch
         :param actions: Actions in the environment's units: one per observation, shape (batch_size, action_dim), or
-            several, shape (batch_size, n, action_dim), as :meth:`sample_actions` returns them
+            several, shape (batch_size, n, action_dim), as :meth:`sample_actions` returns them. What lies beyond the box
+            counts as its edge.
         :param n_particles: Number of particles in the estimate, whose bias falls as 1 / ``n_particles``
         :return: In nats over the environment's action box, shape (batch_size,) or (batch_size, n)
         """
@@ -622,6 +639,15 @@ class SoftQ(MaximumEntropyAlgorithm):
 
 def _slice(obs: PyTorchObs, start: int, stop: int) -> PyTorchObs:
     return {key: value[start:stop] for key, value in obs.items()} if isinstance(obs, dict) else obs[start:stop]
+
+
+def _spread(obs: PyTorchObs, n: int) -> PyTorchObs:
+    """At most n observations of a minibatch, evenly spaced: HerReplayBuffer has those with goals of its own at the end."""
+    batch_size = _batch_size(obs)
+    if n >= batch_size:
+        return obs
+    rows = th.arange(n) * batch_size // n
+    return {key: value[rows] for key, value in obs.items()} if isinstance(obs, dict) else obs[rows]
 
 
 def _batch_size(obs: PyTorchObs) -> int:

@@ -86,6 +86,12 @@ def test_smallest_integer_is_allowed(name):
     assert make(**{name: np.int64(INTEGERS[name])}, **kwargs).learn(10).num_timesteps == 10
 
 
+def test_a_mixture_needs_two_particles():
+    with pytest.raises(ValueError, match="n_value_particles=1 is not allowed with proposal='mixture'"):
+        make(proposal="mixture", n_value_particles=1)
+    make(proposal="mixture", n_value_particles=2)
+
+
 def test_batch_normalisation_needs_a_batch():
     assert "an integer >= 2" in refused("batch_size", 1)
     assert make(batch_size=2).learn(10).num_timesteps == 10
@@ -133,6 +139,8 @@ def test_learning_rates_are_no_strings(name, value):
 def test_any_kind_of_number_works(name, value):
     """Numbers come out of configuration files and random generators in all types."""
     kwargs = {"ent_coef": 0.5} if name == "annealing" else {}
+    # no density in two dimensions has more than log 4
+    value = -value if name == "target_entropy" else value
     assert make(**{name: value}, **kwargs).learn(10)._n_updates > 0
 
 
@@ -291,11 +299,12 @@ def test_policy_arguments(name, value):
     [
         spaces.Box(np.array([-1, 0], dtype=np.float32), np.array([1, 0], dtype=np.float32)),
         spaces.Box(-1, 1, (0,), dtype=np.float32),
+        spaces.Box(-2, 2, (1,), dtype=np.int32),
     ],
-    ids=["no_width", "no_dimension"],
+    ids=["no_width", "no_dimension", "integers"],
 )
 def test_action_space(space):
-    with pytest.raises(ValueError, match=r"action_space=Box.* is not allowed: it must be a Box with finite bounds"):
+    with pytest.raises(ValueError, match=r"action_space=Box.* is not allowed: it must be a Box of floats with finite bounds"):
         make(OneStep(space))
 
 
@@ -312,14 +321,31 @@ def test_learning_rates_are_numbers_or_functions_of_any_kind(value):
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("name", ["reward", "observation"])
-def test_data_that_is_no_number_stops_training(name, value):
+@pytest.mark.parametrize(("name", "what", "step"), [("reward", "reward", 2), ("observation", "first observation", 0)])
+def test_data_that_is_no_number_stops_training(name, what, step, value):
     model = make(make_vec_env(lambda: OneStep(**{name: value}), 2), learning_starts=0)
-    with pytest.raises(ValueError, match=rf"{name} of environment 0 is not finite at step 2: .*{value}.*Training stopped"):
+    with pytest.raises(
+        ValueError, match=rf"{what} of environment 0 is not finite at step {step}: .*{value}.*Training stopped"
+    ):
         model.learn(20)
     # and leaves no trace
     assert model.replay_buffer.size() == 0
     assert all(th.isfinite(tensor).all() for tensor in model.policy.state_dict().values())
+
+
+@pytest.mark.parametrize(("terminated", "what"), [(True, "last observation"), (False, "observation")])
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_observations_of_steps_are_checked(n_envs, terminated, what):
+    """At the end of an episode SB3 hands on the first observation of the next one, and stores the last one of this."""
+
+    class Breaks(OneStep):
+        def step(self, action):
+            return np.array([NAN], dtype=np.float32), self.reward, terminated, False, {}
+
+    model = make(make_vec_env(Breaks, n_envs), learning_starts=0)
+    with pytest.raises(ValueError, match=rf"^{what} of environment 0 is not finite at step {n_envs}: \[nan\]"):
+        model.learn(20)
+    assert model.replay_buffer.size() == 0
 
 
 def test_data_is_checked_before_it_is_normalised():
@@ -402,6 +428,7 @@ def test_observation_spaces(space):
         (SimpleMultiObsEnv(discrete_actions=False), {"n_steps": 2}, "n_steps"),
         (SimpleMultiObsEnv(discrete_actions=False), {"replay_buffer_class": ReplayBuffer}, "replay_buffer_class"),
         (OneStep(), {"replay_buffer_class": HerReplayBuffer}, "replay_buffer_class"),
+        (OneStep(), {"n_steps": 2, "replay_buffer_class": ReplayBuffer}, "n_steps"),
     ],
 )
 def test_replay_buffers_that_sb3_does_not_have(env, kwargs, name):

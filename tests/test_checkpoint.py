@@ -130,6 +130,14 @@ def test_vec_normalize(tmp_path, wrapped):
     assert new.obs_rms.count > old.obs_rms.count
 
 
+def test_vec_normalize_of_rewards(tmp_path):
+    model = train(tmp_path, env=VecNormalize(DummyVecEnv([pendulum]), norm_obs=False))
+    resumed = reload(tmp_path, VecNormalize(DummyVecEnv([pendulum]), norm_obs=False))
+    assert resumed.get_vec_normalize_env().ret_rms.var == model.get_vec_normalize_env().ret_rms.var
+    with pytest.raises(ValueError, match=r"VecNormalize\(norm_obs=True\) is not allowed: it must be False"):
+        reload(tmp_path, VecNormalize(DummyVecEnv([pendulum])))
+
+
 def test_several_environments(tmp_path):
     train(tmp_path, save_freq=10, env=DummyVecEnv([pendulum] * 3))
     resumed = reload(tmp_path, DummyVecEnv([pendulum] * 3))

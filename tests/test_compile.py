@@ -74,12 +74,23 @@ def test_what_changes_later_reaches_the_compiled_updates(tmp_path):
     assert th.equal(parameters(original.policy), untouched)
 
 
-def test_without_a_compiler(tmp_path):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_without_a_compiler(tmp_path, loaded):
+    """An agent that was compiled where it was trained can act without one, not go on with its training."""
     script = "from sb3_softq import SoftQ\nSoftQ('MlpPolicy', 'Pendulum-v1', compile=True)"
+    if loaded:
+        make(compile=True).save(tmp_path / "model")
+        script = (
+            "import gymnasium\nfrom sb3_softq import SoftQ\n"
+            f"model = SoftQ.load({str(tmp_path / 'model')!r}, env=gymnasium.make('Pendulum-v1'))\n"
+            "print(model.predict(model.get_env().reset()))\n"
+            "model.learn(10)"
+        )
     # an empty cache, so that nothing compiled earlier is found
     env = {**os.environ, "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert result.returncode == 1
+    assert bool(result.stdout) == loaded
     assert "ValueError: compile=True is not allowed here: it needs what torch.compile needs, on a CPU a C++" in result.stderr
 
 

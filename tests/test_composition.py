@@ -54,6 +54,19 @@ def test_the_actor_learns_from_the_union():
     assert th.isfinite(data.next_observations).all()
 
 
+def test_several_environments():
+    first = agent(make_vec_env("Pendulum-v1", n_envs=2), steps=40)
+    model = compose([first, agent(steps=31, seed=1)], gradient_steps=1)
+    # 71 transitions, two in each row
+    assert model.n_envs == 2
+    assert model.replay_buffer.observations.shape == (35, 2, 3)
+    np.testing.assert_array_equal(model.replay_buffer.observations[:20], first.replay_buffer.observations[:20])
+    assert model.learn(10).num_timesteps == 10
+    one = compose([first, agent(seed=1)], gradient_steps=1, env=gym.make("Pendulum-v1"))
+    assert one.n_envs == 1
+    assert one.learn(10).num_timesteps == 10
+
+
 def test_save_load_and_compose_again(tmp_path):
     model = compose([agent(), agent(seed=1)], gradient_steps=5)
     model.save(tmp_path / "model")
@@ -117,6 +130,8 @@ def no_buffer():
         (agent, {"weights": [1.0, np.nan]}, r"weights\[1\]=nan is not allowed"),
         (agent, {"gradient_steps": 0}, "gradient_steps=0 is not allowed"),
         (agent, {"nonsense": 0}, "nonsense"),
+        (agent, {"buffer_size": 5}, "buffer_size=5 is not allowed: the replay buffer is the union"),
+        (agent, {"env": VecNormalize(make_vec_env("Pendulum-v1"))}, "env=.* is not allowed: it must be without VecNormalize"),
     ],
 )
 def test_agents_that_do_not_fit(other, kwargs, message):

@@ -112,7 +112,7 @@ def test_actions_that_do_not_fit(actions):
         make().q_values(np.zeros((5, N_STATES), dtype=np.float32), np.array(actions))
 
 
-@pytest.mark.parametrize(("target_entropy", "sign"), [(5.0, 1), (-5.0, -1)])
+@pytest.mark.parametrize(("target_entropy", "sign"), [(np.log(N_ACTIONS), 1), (0.0, -1)])
 def test_temperature_follows_the_entropy(target_entropy, sign):
     model = make(target_entropy=target_entropy).learn(30)
     assert sign * (float(model._ent_coef_tensor()) - 0.1) > 0
@@ -135,6 +135,31 @@ def test_save_and_load(tmp_path):
     assert (policy.sampled == model.sampled).all()
     loaded.learn(20, reset_num_timesteps=False)
     assert loaded.num_timesteps == 60
+
+
+def test_load_with_another_temperature(tmp_path):
+    make(ent_coef=0.1).learn(20).save(tmp_path / "model")
+    obs = np.eye(N_STATES, dtype=np.float32)
+    loaded = DiscreteSoftQ.load(tmp_path / "model", device="cpu", ent_coef=50.0)
+    np.testing.assert_allclose(loaded.entropy(obs), np.log(N_ACTIONS), atol=1e-3)
+    other = make(ent_coef=2.0)
+    other.set_parameters(loaded.get_parameters())
+    assert other.policy.ent_coef.item() == 2.0
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.2])
+def test_target_entropy_is_one_that_a_policy_has(value):
+    with pytest.raises(
+        ValueError, match=f"target_entropy={value} is not allowed: it must be a finite number >= 0.0 and <= 1.09"
+    ):
+        make(target_entropy=value)
+
+
+@pytest.mark.parametrize(("name", "folder"), [(None, "DiscreteSoftQ_1"), ("mine", "mine_1")])
+def test_name_of_the_log(tmp_path, name, folder):
+    pytest.importorskip("tensorboard")
+    make(tensorboard_log=str(tmp_path)).learn(10, **({} if name is None else {"tb_log_name": name}))
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,10 @@ def test_optimizer(optimizer_class, optimizer_kwargs, fused):
 
 
 @pytest.mark.parametrize("smoothing", ["learned", "local"])
-@pytest.mark.parametrize("proposal", ["policy", "uniform", "mixture"])
-@pytest.mark.parametrize("n_value_particles", [1, 5])
+@pytest.mark.parametrize(
+    ("proposal", "n_value_particles"),
+    [("policy", 1), ("policy", 5), ("uniform", 1), ("uniform", 5), ("mixture", 2), ("mixture", 5)],
+)
 def test_proposals(smoothing, proposal, n_value_particles):
     model = make(proposal=proposal, n_value_particles=n_value_particles, policy_kwargs={"smoothing": smoothing})
     logged = check_training(model)
@@ -172,9 +174,9 @@ def test_density_repulsion(smoothing, kernel, n_actor_particles):
     check_training(model)
 
 
-@pytest.mark.parametrize(("target_entropy", "sign"), [(5.0, 1), (-50.0, -1)])
+@pytest.mark.parametrize(("target_entropy", "sign"), [(np.log(2.0), 1), (-50.0, -1)])
 def test_temperature_follows_the_entropy(target_entropy, sign):
-    """No density over (-1, 1) has an entropy of 5 nats, and none that the sampler can express has -50."""
+    """Uniform actions in (-1, 1) have an entropy of log 2, and none that the sampler can express has -50."""
     model = make(target_entropy=target_entropy, ent_coef="auto_0.1", ent_coef_learning_rate=0.01)
     before = model.log_ent_coef.item()
     assert before == pytest.approx(np.log(0.1))
@@ -234,6 +236,18 @@ def test_temperature_schedules():
     check_training(model)
     assert model._ent_coef_tensor().item() == pytest.approx(0.1)
     assert model._annealing() == pytest.approx(1.0)
+
+
+def test_schedules_end_where_they_were_tried():
+    """The last rollout, of several environments or a whole episode, goes on beyond the end."""
+    seen = []
+
+    def temperature(progress_remaining):
+        seen.append(progress_remaining)
+        return 0.2 * progress_remaining + 1e-3
+
+    make(env=make_vec_env("Pendulum-v1", n_envs=4), ent_coef=temperature).learn(21)
+    assert min(seen) == 0.0
 
 
 def test_annealing_reaches_the_actor_only():
@@ -571,6 +585,39 @@ def test_her(n_envs, image_obs_space):
     )
     check_training(model, 40)
     assert isinstance(model.replay_buffer, HerReplayBuffer)
+
+
+@pytest.mark.parametrize(("n_states", "n_own_goals"), [(32, 24), (100, 78)])
+def test_the_actor_sees_the_goals_of_her(monkeypatch, n_states, n_own_goals):
+    """HerReplayBuffer puts transitions with goals of its own after the others: four in five, and so where the actor learns."""
+    env = BitFlippingEnv(n_bits=8, continuous=True)
+    model = make(
+        "MultiInputPolicy",
+        env,
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs={"n_sampled_goal": 4},
+        batch_size=128,
+        n_actor_states=n_states,
+        learning_starts=200,
+        gradient_steps=1,
+    )
+    seen = []
+    gradients = SoftQ._actor_gradients
+
+    def spy(self, obs, ent_coef):
+        seen.append(obs)
+        return gradients(self, obs, ent_coef)
+
+    monkeypatch.setattr(SoftQ, "_actor_gradients", spy)
+    model.learn(202)
+    (goals,) = (obs["desired_goal"] for obs in seen[:1])
+    assert goals.shape == (n_states, 8)
+    # the environment's own goal is all ones
+    assert (goals != 1).any(dim=1).sum() >= n_own_goals
+
+
+def test_more_actor_states_than_the_batch_has():
+    check_training(make(n_actor_states=100))
 
 
 def test_vec_normalize():

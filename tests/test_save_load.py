@@ -302,3 +302,12 @@ def test_another_number_of_environments(tmp_path):
     loaded = load(tmp_path / "model", env=env)
     loaded.learn(30)
     assert loaded.replay_buffer.actions.shape[1] == 3
+
+
+def test_n_step_returns_follow_what_load_is_given(tmp_path, recwarn):
+    make(n_steps=3, gamma=0.9).learn(20).save(tmp_path / "model")
+    buffer = load(tmp_path / "model").replay_buffer
+    assert (buffer.n_steps, buffer.gamma) == (3, 0.9)
+    buffer = load(tmp_path / "model", n_steps=5, gamma=0.5).replay_buffer
+    assert (buffer.n_steps, buffer.gamma) == (5, 0.5)
+    assert not [warning for warning in recwarn if "n_steps" in str(warning.message)]
