@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -208,12 +208,13 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         # here, not in the constructor: load() fills in the arguments later
-        if self._is_loaded and self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:
-            # SB3's choice, not the user's: it is made again, with the n_steps and gamma of now
-            self.replay_buffer_class = None
         self._check_arguments()
         self._convert_numbers()
+        # SB3 writes the buffer that it chooses over these two, and load() would take it for the user's
+        given = self.replay_buffer_class, self.replay_buffer_kwargs
+        self.replay_buffer_kwargs = self.replay_buffer_kwargs.copy()
         super()._setup_model()
+        self.replay_buffer_class, self.replay_buffer_kwargs = given
         self._create_aliases()
         if self.target_entropy == "auto":
             self.target_entropy = self._auto_target_entropy()

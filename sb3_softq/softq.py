@@ -591,7 +591,7 @@ class SoftQ(MaximumEntropyAlgorithm):
         values = []
         with th.no_grad():
             for i in range(_batch_size(obs_tensor)):
-                row = _slice(obs_tensor, i, i + 1)
+                row = _rows(obs_tensor, slice(i, i + 1))
                 u, log_prob_a = self._propose(row, n_particles)
                 values.append(soft_value(self._min_q_values(self.critic, row, u), log_prob_a, ent_coef))
         return self._answer(th.cat(values) + ent_coef * self._log_scale, vectorized)
@@ -637,17 +637,14 @@ class SoftQ(MaximumEntropyAlgorithm):
         return [*state_dicts, "actor.optimizer", "critic.optimizer"], tensors
 
 
-def _slice(obs: PyTorchObs, start: int, stop: int) -> PyTorchObs:
-    return {key: value[start:stop] for key, value in obs.items()} if isinstance(obs, dict) else obs[start:stop]
+def _rows(obs: PyTorchObs, rows: slice | th.Tensor) -> PyTorchObs:
+    return {key: value[rows] for key, value in obs.items()} if isinstance(obs, dict) else obs[rows]
 
 
 def _spread(obs: PyTorchObs, n: int) -> PyTorchObs:
     """At most n observations of a minibatch, evenly spaced: HerReplayBuffer has those with goals of its own at the end."""
     batch_size = _batch_size(obs)
-    if n >= batch_size:
-        return obs
-    rows = th.arange(n) * batch_size // n
-    return {key: value[rows] for key, value in obs.items()} if isinstance(obs, dict) else obs[rows]
+    return obs if n >= batch_size else _rows(obs, th.arange(n) * batch_size // n)
 
 
 def _batch_size(obs: PyTorchObs) -> int:

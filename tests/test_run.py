@@ -610,7 +610,7 @@ def test_the_actor_sees_the_goals_of_her(monkeypatch, n_states, n_own_goals):
 
     monkeypatch.setattr(SoftQ, "_actor_gradients", spy)
     model.learn(202)
-    (goals,) = (obs["desired_goal"] for obs in seen[:1])
+    goals = seen[0]["desired_goal"]
     assert goals.shape == (n_states, 8)
     # the environment's own goal is all ones
     assert (goals != 1).any(dim=1).sum() >= n_own_goals

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.logger import configure
@@ -310,4 +311,15 @@ def test_n_step_returns_follow_what_load_is_given(tmp_path, recwarn):
     assert (buffer.n_steps, buffer.gamma) == (3, 0.9)
     buffer = load(tmp_path / "model", n_steps=5, gamma=0.5).replay_buffer
     assert (buffer.n_steps, buffer.gamma) == (5, 0.5)
+    assert type(load(tmp_path / "model", n_steps=1).replay_buffer) is ReplayBuffer
+    make().learn(20).save(tmp_path / "one")
+    assert load(tmp_path / "one", n_steps=3).replay_buffer.n_steps == 3
     assert not [warning for warning in recwarn if "n_steps" in str(warning.message)]
+
+
+def test_arguments_of_the_buffer_stay_as_given():
+    kwargs = {"handle_timeout_termination": True}
+    model = make(n_steps=3, replay_buffer_kwargs=kwargs)
+    assert model.replay_buffer.n_steps == 3
+    assert model.replay_buffer_class is None
+    assert model.replay_buffer_kwargs == kwargs == {"handle_timeout_termination": True}
