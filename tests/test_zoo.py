@@ -117,8 +117,8 @@ def test_unknown_command():
 def test_a_discrete_environment_gets_the_discrete_agent(tmp_path):
     zoo("train", "--algo", "softq", "--env", "CartPole-v1", "-n", 120, "-f", tmp_path, "--eval-freq", -1)
     assert DiscreteSoftQ.load(tmp_path / "softq" / "CartPole-v1_1" / "CartPole-v1.zip").num_timesteps == 120
-    output = zoo("enjoy", "--algo", "softq", "--env", "CartPole-v1", "-f", tmp_path, "--no-render", "-n", 100)
-    assert "Mean reward" in output or "Episode" in output
+    output = zoo("enjoy", "--algo", "softq", "--env", "CartPole-v1", "-f", tmp_path, "--no-render", "-n", 500)
+    assert "Mean reward: " in output  # 500 steps end an episode, however good the agent
 
 
 @pytest.mark.parametrize(
