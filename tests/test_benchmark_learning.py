@@ -259,6 +259,22 @@ def test_variant_joint_gradient(train_cell, variant):
     assert (joint_other - other).norm() > 0.05 * other.norm()
 
 
+def test_variant_average_collects_half(train_cell, variant):
+    """Episodes 1, 3, ... of Pendulum, of 200 steps each, are collected by the averaged actor."""
+    variant("average_collects_half")
+    model = small_agent(train_cell, learning_starts=0, train_freq=600)
+    collectors = []
+    predict = type(model.policy)._predict
+
+    def record(self, observation: th.Tensor, deterministic: bool = False) -> th.Tensor:
+        collectors.append(self.exploring)
+        return predict(self, observation, deterministic)
+
+    with patch.object(type(model.policy), "_predict", record):
+        model.learn(600)
+    assert collectors == [True] * 200 + [False] * 200 + [True] * 200
+
+
 def test_variant_explore_with_centres(train_cell, variant):
     """With almost no shift, centres are the noise xi, and smoothing noise of 0.7 makes the actions wider."""
     policy = small_agent(train_cell, policy_kwargs=dict(log_std_init=-0.3)).policy

@@ -23,10 +23,10 @@ from sb3_softq.soft_value import mixture_log_prob, mixture_mode
 Candidate = Callable[[SoftQ, th.Tensor], th.Tensor]
 
 
-def bank(model: SoftQ, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def bank(model: SoftQ, obs: th.Tensor, trained: bool = False) -> tuple[th.Tensor, th.Tensor]:
     """Centres and log standard deviations of the fixed bank of particles, shape (1, n_bank, action_dim)."""
-    features = model.averaged_actor.features(obs)
-    return model.averaged_actor.particles(features, model.averaged_actor.xi_bank.unsqueeze(0))
+    actor = model.actor if trained else model.averaged_actor
+    return actor.particles(actor.features(obs), actor.xi_bank.unsqueeze(0))
 
 
 def q_values(model: SoftQ, obs: th.Tensor, u: th.Tensor) -> th.Tensor:
@@ -38,8 +38,8 @@ def zero_noise(model: SoftQ, obs: th.Tensor) -> th.Tensor:
     return model.averaged_actor.particles(features, th.zeros(1, 1, model.averaged_actor.action_dim))[0][:, 0]
 
 
-def mode(model: SoftQ, obs: th.Tensor, densest: bool = False) -> th.Tensor:
-    mean, log_std = bank(model, obs)
+def mode(model: SoftQ, obs: th.Tensor, densest: bool = False, trained: bool = False) -> th.Tensor:
+    mean, log_std = bank(model, obs, trained)
     start = mean[:, mixture_log_prob(mean, mean, log_std).argmax()] if densest else mean[:, 0]
     return mixture_mode(start, mean, log_std)
 
@@ -63,6 +63,7 @@ def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
 CANDIDATES: dict[str, Candidate] = {
     "a sample": lambda model, obs: model.averaged_actor.sample(obs)[:, 0],
     "zero noise, mean-shift": mode,
+    "the same, of the trained actor": lambda model, obs: mode(model, obs, trained=True),
     "densest of 32, mean-shift": lambda model, obs: mode(model, obs, densest=True),
     "mean particle": lambda model, obs: bank(model, obs)[0].mean(dim=1),
     "medoid": medoid,

@@ -4,12 +4,15 @@ the benchmark has a process of its own (``learning.py run --algos softq --set va
 """
 
 import math
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_softq import SoftQ
+from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.policies import ParticleCritic, SamplingActor, SoftQPolicy
 from sb3_softq.soft_value import mixture_log_prob, tanh_log_det
 
@@ -93,6 +96,17 @@ def explore_with_centres() -> None:
     patch.object(SoftQPolicy, "_predict", centres).start()
 
 
+def average_collects_half() -> None:
+    """The averaged actor, which is the policy, collects every other episode."""
+    trained_collects = SoftQ._sample_action
+
+    def sample_action(self: SoftQ, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
+        collect = MaximumEntropyAlgorithm._sample_action if self._episode_num % 2 else trained_collects
+        return collect(self, *args, **kwargs)
+
+    patch.object(SoftQ, "_sample_action", sample_action).start()
+
+
 def joint_gradient() -> None:
     """
     As in CrossQ, the gradient of batch normalisation goes through all rows of the joint pass, the particles of the next states
@@ -124,6 +138,7 @@ VARIANTS = {
         density_in_value,
         one_critic_in_stein_step,
         explore_with_centres,
+        average_collects_half,
         joint_gradient,
     )
 }
