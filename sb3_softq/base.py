@@ -1,10 +1,12 @@
 """What soft Q-learning needs for any action space: the temperature, the target networks, the checks and the log."""
 
+import io
 import math
 from abc import abstractmethod
 from collections import defaultdict
 from os import PathLike
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -16,12 +18,15 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_softq.checks import (
+    MAX_ENT_COEF,
+    MIN_ENT_COEF,
     check_auto,
     check_class,
     check_device,
@@ -36,28 +41,16 @@ from sb3_softq.checks import (
     check_schedule,
     check_train_freq,
     check_type,
+    check_vec_normalize,
+    number_from_string,
 )
+from sb3_softq.policies import polyak_update
+from sb3_softq.replay import end_trajectory
 
 # Least learning rate of the log of the temperature where none is given
 ENT_COEF_LEARNING_RATE = 1e-3
 
 SelfMaximumEntropy = TypeVar("SelfMaximumEntropy", bound="MaximumEntropyAlgorithm")
-
-
-@th.no_grad()
-def polyak_update(network: nn.Module, target: nn.Module, tau: float) -> None:
-    """
-    Move the target's weights towards the network's, target <- target + tau (network - target), all of them in one call, and
-    copy what is no weight.
-
-    :param network: What is followed
-    :param target: What follows, of the same structure
-    :param tau: In [0, 1]
-    """
-    th._foreach_lerp_(list(target.parameters()), list(network.parameters()), tau)
-    # Copy running stats, see https://github.com/DLR-RM/stable-baselines3/issues/996
-    for running, copied in zip(network.buffers(), target.buffers(), strict=True):
-        copied.copy_(running)
 
 
 class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
@@ -77,6 +70,16 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
     critic_target: nn.Module
     # Arguments that are converted to float if they came as another kind of number
     floats: tuple[str, ...] = ("learning_rate", "ent_coef_learning_rate", "ent_coef", "target_entropy")
+    # Attributes that are converted to int if they came as another kind of number, and their smallest values
+    integers: ClassVar[dict[str, int]] = {
+        "buffer_size": 1,
+        "batch_size": 1,
+        "n_steps": 1,
+        "target_update_interval": 1,
+        "_stats_window_size": 1,
+        "learning_starts": 0,
+        "gradient_steps": -1,
+    }
 
     def __init__(
         self,
@@ -93,13 +96,17 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
     ):
         # before SB3 uses them
         check_type("env", env, (str, gym.Env, VecEnv), "an environment, its id,")
-        check_integer("verbose", verbose, 0, 2)
+        verbose = check_integer("verbose", int(verbose) if isinstance(verbose, bool) else verbose, 0)
         check_device(device)
         if env is not None:
             env = maybe_make_env(env, verbose)
             assert not isinstance(env, str)
             check_observation_space(env.observation_space)
             self._check_action_space(env.action_space)
+        policy_kwargs = kwargs.get("policy_kwargs")
+        if isinstance(policy_kwargs, dict) and policy_kwargs.get("use_sde") is False:
+            # SAC leaves it in the dict that it was given, which a user may pass to us next
+            kwargs["policy_kwargs"] = {key: value for key, value in policy_kwargs.items() if key != "use_sde"}
         kwargs |= dict(verbose=verbose, device=device, sde_support=False, support_multi_env=True)
         super().__init__(policy, env, *args, **kwargs)
         self.ent_coef = ent_coef
@@ -159,16 +166,14 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         check_type("action_noise", self.action_noise, (ActionNoise,), "an ActionNoise")
         check_type("tensorboard_log", self.tensorboard_log, (str, PathLike), "a path")
         if self.seed is not None:
-            check_integer("seed", self.seed, 0, 2**32 - 1)
-        check_train_freq(self.train_freq, self.n_envs)
+            self.seed = check_integer("seed", self.seed, 0, 2**32 - 1)
+        self.train_freq = check_train_freq(self.train_freq, self.n_envs)
         # The RL Zoo loads agents that are only to act with a learning rate of 0
         check_learning_rate("learning_rate", self.learning_rate, may_be_zero=self._is_loaded)
         if self.ent_coef_learning_rate is not None:
             check_learning_rate("ent_coef_learning_rate", self.ent_coef_learning_rate)
-        for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "stats_window_size"):
-            check_integer(name, getattr(self, "_" * (name == "stats_window_size") + name), 1)
-        check_integer("learning_starts", self.learning_starts, 0)
-        check_integer("gradient_steps", self.gradient_steps, -1)
+        for name, minimum in self.integers.items():
+            setattr(self, name, check_integer(name.removeprefix("_"), getattr(self, name), minimum))
         check_number("tau", self.tau, 0.0, 1.0)
         check_number("gamma", self.gamma, 0.0, 1.0)
         check_flag("optimize_memory_usage", self.optimize_memory_usage)
@@ -188,10 +193,13 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         if self.replay_buffer_class is not None and issubclass(self.replay_buffer_class, DictReplayBuffer) != has_dict:
             kind = "DictReplayBuffer or HerReplayBuffer" if has_dict else "a buffer for observations that are no Dict"
             raise ValueError(f"replay_buffer_class={self.replay_buffer_class!r} is not allowed: it must be {kind}")
+        # numbers as strings, which SAC takes too
+        self.ent_coef = number_from_string(self.ent_coef)
+        self.target_entropy = number_from_string(self.target_entropy)
         if isinstance(self.ent_coef, str):
             check_auto("ent_coef", self.ent_coef, with_initial_value=True)
         else:
-            check_schedule("ent_coef", self.ent_coef, 0.0)
+            check_schedule("ent_coef", self.ent_coef, MIN_ENT_COEF, open_low=False, high=MAX_ENT_COEF)
         if self._is_loaded and self._learned_ent_coef != isinstance(self.ent_coef, str):
             saved, allowed = ("learned", '"auto"') if self._learned_ent_coef else ("fixed", "a number or a function")
             raise ValueError(f"ent_coef={self.ent_coef!r} is not allowed: it was {saved} when saved, so it must be {allowed}")
@@ -201,6 +209,8 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             # towards one that no policy has, the temperature would run away
             check_number("target_entropy", self.target_entropy, *self._entropy_bounds())
         check_keywords("policy_kwargs", self.policy_kwargs, self.policy_class)
+        if self.env is not None:
+            check_vec_normalize(self.env)
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
@@ -213,7 +223,14 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         # SB3 writes the buffer that it chooses over these two, and load() would take it for the user's
         given = self.replay_buffer_class, self.replay_buffer_kwargs
         self.replay_buffer_kwargs = self.replay_buffer_kwargs.copy()
-        super()._setup_model()
+        try:
+            super()._setup_model()
+        except (AssertionError, AttributeError, RuntimeError) as error:
+            # of the networks, for instance a NatureCNN that is given no image
+            raise ValueError(
+                f"policy={self.policy_class.__name__!r} with policy_kwargs={self.policy_kwargs!r} is not allowed: it must be "
+                f"one that can be built for observation_space={self.observation_space!r} ({type(error).__name__}: {error})"
+            ) from error
         self.replay_buffer_class, self.replay_buffer_kwargs = given
         self._create_aliases()
         if self.target_entropy == "auto":
@@ -226,13 +243,10 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         self._is_loaded = True
 
     def _convert_numbers(self) -> None:
-        """FloatSchedule, deque and random.seed take few of numpy's numbers."""
+        """FloatSchedule takes few of numpy's numbers."""
         for name in self.floats:
             if isinstance(getattr(self, name), int | np.number):
                 setattr(self, name, float(getattr(self, name)))
-        self._stats_window_size = int(self._stats_window_size)
-        if self.seed is not None:
-            self.seed = int(self.seed)
 
     # ------------------------------------------------------------------ training
 
@@ -250,7 +264,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
 
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-            ent_coef = self._ent_coef_tensor()
+            ent_coef = self.ent_coef_tensor
             self._n_updates += 1
             step_stats = self._update_networks(replay_data, ent_coef)
             if self.ent_coef_optimizer is not None and "entropy" in step_stats:
@@ -276,21 +290,72 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         raw_obs, raw_reward = new_obs, reward
         if self._vec_normalize_env is not None:
             raw_obs, raw_reward = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
-        check_finite("reward", raw_reward, self.num_timesteps)
-        check_finite("observation", raw_obs, self.num_timesteps)
+        # observations first: a reward may have been computed from them
+        check_finite("observation", raw_obs, self.num_timesteps, space=self.observation_space)
         # new_obs is the next episode's first one by then
         for env_idx in np.flatnonzero(dones):
             last_obs = infos[env_idx].get("terminal_observation")
             if last_obs is not None:
-                check_finite("last observation", last_obs, self.num_timesteps, int(env_idx))
+                check_finite("last observation", last_obs, self.num_timesteps, int(env_idx), self.observation_space)
+        check_finite("reward", raw_reward, self.num_timesteps)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        total_timesteps, callback = super()._setup_learn(*args, **kwargs)
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if self.replay_buffer is not None and (reset_num_timesteps or self._last_obs is None):
+            # SB3 resets the environment, whatever it was doing
+            end_trajectory(self.replay_buffer)
+        total_timesteps, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
         first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
-        assert first_obs is not None
-        check_finite("first observation", first_obs, self.num_timesteps)
+        check_finite("first observation", first_obs, self.num_timesteps, space=self.observation_space)
         return total_timesteps, callback
+
+    def load_replay_buffer(self, path: str | Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: Whether the last episode in it ends there (by default), or is the one that training goes
+            on with
+        """
+        super().load_replay_buffer(path, truncate_last_traj=False)
+        if truncate_last_traj:
+            assert self.replay_buffer is not None
+            end_trajectory(self.replay_buffer)
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        env = self._wrap_env(env, self.verbose)
+        check_vec_normalize(env)
+        super().set_env(env, force_reset)
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        params = self._read_parameters(load_path_or_dict, device)
+        own = self.ent_coef_optimizer is not None
+        differing = params.keys() ^ set(self._get_torch_save_params()[0])
+        if differing == {"ent_coef_optimizer"} and (exact_match or not own):
+            given, expected = ("fixed", "learned") if own else ("learned", "fixed")
+            raise ValueError(
+                f"parameters of an agent with a {given} temperature are not allowed: they must come from one with a "
+                f"{expected} temperature, as ent_coef={self.ent_coef!r} is here"
+            )
+        super().set_parameters(params, exact_match, device)
+
+    @staticmethod
+    def _read_parameters(load_path_or_dict: str | TensorDict, device: th.device | str) -> TensorDict:
+        """Parameters as :meth:`set_parameters` takes them, of a file if it is the name of one."""
+        if isinstance(load_path_or_dict, dict):
+            return load_path_or_dict
+        return load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -306,13 +371,17 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         self.ent_coef_optimizer.zero_grad()
         ent_coef_loss.backward()
         self.ent_coef_optimizer.step()
+        with th.no_grad():
+            # where no policy reaches the target, the temperature would fall or rise for ever
+            self.log_ent_coef.clamp_(math.log(MIN_ENT_COEF), math.log(MAX_ENT_COEF))
         return {"ent_coef_loss": ent_coef_loss.detach()}
 
     @th.no_grad()
     def _update_target(self) -> None:
         polyak_update(self.critic, self.critic_target, self.tau)
 
-    def _ent_coef_tensor(self) -> th.Tensor:
+    @property
+    def ent_coef_tensor(self) -> th.Tensor:
         """Current temperature, shape (1,), on the device."""
         if self.log_ent_coef is not None:
             return th.exp(self.log_ent_coef.detach())
@@ -331,9 +400,11 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
 
     def _log_stats(self, stats: dict[str, list[th.Tensor]]) -> None:
         """Average over the gradient steps, read from the device once, checked to be finite."""
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if not stats:
+            return
         values = th.stack([value for steps in stats.values() for value in steps])
         means = [float(part.mean()) for part in values.cpu().split([len(steps) for steps in stats.values()])]
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for key, value in zip(stats, means, strict=True):
             if not math.isfinite(value):
                 raise ValueError(
@@ -344,16 +415,17 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
 
     def learn(
         self: SelfMaximumEntropy,
-        total_timesteps: int,
+        total_timesteps: float,
         callback: MaybeCallback = None,
         log_interval: int = 4,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfMaximumEntropy:
+        check_number("total_timesteps", 0 if total_timesteps == math.inf else total_timesteps, 0.0)
         super().learn(
-            # SB3 compares it with a step count: let 1e6 be written as it is spoken
-            total_timesteps=int(total_timesteps),
+            # SB3 compares it with a step count: let 1e6 be written, and inf where a callback stops training
+            total_timesteps=total_timesteps if total_timesteps == math.inf else int(total_timesteps),  # type: ignore[arg-type]
             callback=callback,
             log_interval=log_interval,
             tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
@@ -22,6 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_softq.checks import check_parameters
+from sb3_softq.replay import end_trajectory
 
 SelfOffPolicyAlgorithm = TypeVar("SelfOffPolicyAlgorithm", bound=OffPolicyAlgorithm)
 
@@ -146,7 +146,7 @@ def resume(cls: type[SelfOffPolicyAlgorithm], path: str | Path, env: GymEnv, **k
     model = cls.load(folder / "model.zip", env=env, **kwargs)
     model.load_replay_buffer(folder / "replay_buffer.pkl")
     assert model.replay_buffer is not None
-    _end_trajectory(model.replay_buffer)
+    end_trajectory(model.replay_buffer)
     if model.seed is not None:
         assert model.env is not None
         # load() seeded the environment as at the very beginning: its first episodes would come again
@@ -212,13 +212,3 @@ def _restore_vec_normalize(statistics: Path, env: VecEnv) -> VecEnv:
     if saved.norm_obs:
         vec_normalize.obs_rms = saved.obs_rms
     return env
-
-
-def _end_trajectory(buffer: ReplayBuffer) -> None:
-    """Mark the newest transition as cut off by a time limit, so that no n-step return runs on into the new episode."""
-    if buffer.size() > 0:
-        last = buffer.pos - 1
-        unfinished = np.logical_not(buffer.dones[last])
-        buffer.dones[last][unfinished] = True
-        if buffer.handle_timeout_termination:
-            buffer.timeouts[last][unfinished] = True

@@ -11,13 +11,16 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_device
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
 
 # Of a learning rate: Adam divides it by 1 - beta1 before it becomes single precision
 MAX_LEARNING_RATE = 1e30
+# Of a temperature, which single precision has to divide by: Q / alpha and alpha H stay far from overflow
+MIN_ENT_COEF, MAX_ENT_COEF = 1e-8, 1e8
 
 
-class UnsupportedSpaceError(ValueError, AssertionError):
-    """A space that an algorithm cannot have: a ValueError, and the AssertionError that Stable-Baselines3 raises there."""
+class UnsupportedSpaceError(ValueError, AssertionError, NotImplementedError):
+    """A space that an algorithm cannot have: a ValueError, and what Stable-Baselines3 raises there."""
 
 
 def _refuse(name: str, value: object, allowed: str) -> ValueError:
@@ -32,17 +35,24 @@ def _is_real(value: object) -> bool:
     return abs(value) <= float(np.finfo(np.float32).max)
 
 
-def check_integer(name: str, value: object, minimum: int, maximum: float = math.inf) -> None:
+def _is_whole(value: object) -> bool:
+    """An integer of any type, or a float such as 1e4 that is one; ``True`` is not."""
+    return _is_real(value) and float(value).is_integer()  # type: ignore[arg-type]
+
+
+def check_integer(name: str, value: Any, minimum: int, maximum: float = math.inf) -> int:
     """
     :param name: Name of the argument
-    :param value: Its value
+    :param value: Its value, of any type of number
     :param minimum: Smallest value allowed
     :param maximum: Largest value allowed
-    :raises ValueError: if the value is not an integer between the bounds
+    :return: The value as an ``int``
+    :raises ValueError: if the value is not a whole number between the bounds
     """
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not minimum <= value <= maximum:
+    if not _is_whole(value) or not minimum <= value <= maximum:
         upper = f" and <= {maximum}" if math.isfinite(maximum) else ""
         raise _refuse(name, value, f"an integer >= {minimum}{upper}")
+    return int(value)
 
 
 def check_net_arch(name: str, value: Any, keys: set[str] | None = None) -> None:
@@ -110,20 +120,22 @@ def check_learning_rate(name: str, value: float | Schedule, may_be_zero: bool = 
     check_schedule(name, value, 0.0, open_low=not may_be_zero, may_end_at_low=True, high=MAX_LEARNING_RATE)
 
 
-def check_train_freq(value: Any, n_envs: int) -> None:
+def check_train_freq(value: Any, n_envs: int) -> tuple[int, str]:
     """
     :param value: A number of steps, or a tuple of a number and its unit
     :param n_envs: Number of environments
+    :return: The number and its unit
     :raises ValueError: if it is neither
     """
     frequency, unit = value if isinstance(value, tuple) and len(value) == 2 else (value, "step")
     # a loaded agent has the enumeration in place of the name
     unit = unit.value if isinstance(unit, TrainFrequencyUnit) else unit
     units = [member.value for member in TrainFrequencyUnit]
-    if not isinstance(frequency, int) or isinstance(frequency, bool) or frequency < 1 or unit not in units:
+    if not _is_whole(frequency) or frequency < 1 or unit not in units:
         raise _refuse("train_freq", value, f"an integer >= 1, or a tuple of an integer >= 1 and one of {units}")
     if n_envs > 1 and unit == "episode":
         raise _refuse("train_freq", value, f"in steps where there are several environments (n_envs={n_envs})")
+    return int(frequency), unit
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -186,16 +198,31 @@ def check_auto(name: str, value: str, with_initial_value: bool) -> None:
     :param with_initial_value: Whether the latter is allowed
     :raises ValueError: if the string is something else
     """
-    allowed = "a number or 'auto'" + (", or 'auto_X' with an initial value X > 0" if with_initial_value else "")
+    allowed = "a number or 'auto'"
+    if with_initial_value:
+        allowed += f", or 'auto_X' with an initial value X > 0 between {MIN_ENT_COEF:g} and {MAX_ENT_COEF:g}"
     if value == "auto":
         return
-    prefix, _, initial_value = value.partition("_")
+    prefix, _, text = value.partition("_")
+    initial_value = number_from_string(text)
+    if (
+        not with_initial_value
+        or prefix != "auto"
+        or isinstance(initial_value, str)
+        or not MIN_ENT_COEF <= initial_value <= MAX_ENT_COEF
+    ):
+        raise _refuse(name, value, allowed)
+
+
+def number_from_string(value: Any) -> Any:
+    """
+    :param value: Anything
+    :return: The number where it is a string that spells one, such as ``"0.1"``, else the value itself
+    """
     try:
-        if with_initial_value and prefix == "auto" and 0 < float(initial_value) < math.inf:
-            return
+        return float(value) if isinstance(value, str) else value
     except ValueError:
-        pass
-    raise _refuse(name, value, allowed)
+        return value
 
 
 def check_type(name: str, value: object, types: tuple[type, ...], allowed: str, optional: bool = True) -> None:
@@ -247,9 +274,42 @@ def check_observation_space(space: spaces.Space) -> None:
     :param space: Observation space of the environment
     :raises ValueError: if Stable-Baselines3 has no features extractor for it
     """
-    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
-    if not all(isinstance(x, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary) for x in parts):
+    parts = list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
+    if not parts or not all(
+        isinstance(x, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary) for x in parts
+    ):
         raise _refuse("observation_space", space, "a Box, Discrete, MultiDiscrete or MultiBinary space, or a Dict of such")
+    for part in parts:
+        if isinstance(part, spaces.Box | spaces.MultiBinary) and (part.shape == () or 0 in part.shape):
+            raise _refuse("observation_space", space, "of at least one axis, each of length >= 1")
+        if isinstance(part, spaces.MultiDiscrete) and (part.nvec.ndim != 1 or part.nvec.size == 0):
+            raise _refuse("observation_space", space, "of one axis, of length >= 1, where it is MultiDiscrete")
+        if isinstance(part, spaces.Discrete | spaces.MultiDiscrete) and np.any(part.start != 0):
+            raise _refuse("observation_space", space, "of numbers from 0 (start=0)")
+
+
+def check_vec_normalize(env: VecEnv) -> None:
+    """
+    Stable-Baselines3 stores the observations that ``VecNormalize`` received, and normalises them when they are replayed: they
+    have to be those that the agent sees.
+
+    :param env: Environment of the agent, as Stable-Baselines3 has wrapped it
+    :raises ValueError: if a wrapper around ``VecNormalize`` changes observations, or it is around Discrete ones
+    """
+    wrapper = env
+    while isinstance(wrapper, VecEnvWrapper) and not isinstance(wrapper, VecNormalize):
+        if unwrap_vec_normalize(wrapper) is not None and wrapper.observation_space != wrapper.venv.observation_space:
+            kind = type(wrapper).__name__
+            raise ValueError(
+                f"env={env!r} is not allowed: it must not have VecNormalize inside of {kind}, which changes its observations "
+                f"(VecNormalize({kind}(...)) works{', with norm_obs=False' * (kind == 'VecTransposeImage')})"
+            )
+        wrapper = wrapper.venv
+    if isinstance(wrapper, VecNormalize) and isinstance(wrapper.observation_space, spaces.Discrete):
+        raise ValueError(
+            f"env={env!r} is not allowed: it must not have VecNormalize around Discrete observations, which cannot be "
+            "normalised (rewards alone: gymnasium.wrappers.NormalizeReward)"
+        )
 
 
 def check_action_space(space: spaces.Space) -> None:
@@ -266,12 +326,20 @@ def check_action_space(space: spaces.Space) -> None:
         or space.low.size == 0
         or not (np.isfinite(space.low).all() and np.isfinite(space.high).all())
         or not (space.low < space.high).all()
+        # actions are scaled by it
+        or not np.isfinite(_width(space)).all()
     ):
         raise _refuse(
             "action_space",
             space,
-            "a Box of floats with finite bounds, low < high in every dimension, and at least one dimension",
+            "a Box of floats with finite bounds, at least one dimension, and low < high and high - low finite in each",
         )
+
+
+def _width(space: spaces.Box) -> np.ndarray:
+    """high - low, in the precision of the space."""
+    with np.errstate(over="ignore"):
+        return space.high - space.low
 
 
 def check_discrete_action_space(space: spaces.Space) -> None:
@@ -285,23 +353,53 @@ def check_discrete_action_space(space: spaces.Space) -> None:
         raise _refuse("action_space", space, "Discrete, with actions from 0")
 
 
-def check_finite(name: str, data: np.ndarray | dict[str, np.ndarray], num_timesteps: int, env_idx: int | None = None) -> None:
+def check_finite(
+    name: str,
+    data: Any,
+    num_timesteps: int,
+    env_idx: int | None = None,
+    space: spaces.Space | None = None,
+) -> None:
     """
     :param name: What the data is
-    :param data: Data of one step, the first axis counts the environments, or of one environment
+    :param data: Data of one step, the first axis counts the environments, or of one environment: as an environment may return
+        it, numbers, lists, tensors or arrays, or a dict of them. What is no number is left to Stable-Baselines3.
     :param num_timesteps: Number of steps so far
     :param env_idx: Of the one environment
-    :raises ValueError: if a value is NaN or infinite, naming the environment
+    :param space: Observation space of the data: of a Dict, its keys alone are checked
+    :raises ValueError: if a value is NaN or infinite, or too large for single precision, naming the environment
     """
-    for key, values in data.items() if isinstance(data, dict) else [("", data)]:
-        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-            if env_idx is None:
-                env_idx = int(np.argwhere(~np.isfinite(values))[0][0])
-                values = values[env_idx]
-            raise ValueError(
-                f"{name}{f' {key!r}' if key else ''} of environment {env_idx} is not finite at step {num_timesteps}: "
-                f"{values}. Training stopped before it was stored."
-            )
+    if isinstance(data, dict):
+        keys = space.spaces.keys() if isinstance(space, spaces.Dict) else data.keys()
+        parts = [(f" {key!r}", data[key]) for key in keys if key in data]
+    else:
+        parts = [("", data)]
+    for key, values in parts:
+        array = _as_floats(values)
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array.astype(np.float32, copy=False))
+        if finite.all():
+            continue
+        if env_idx is None:
+            env_idx = int(np.argwhere(~np.atleast_1d(finite))[0][0])
+            array = np.atleast_1d(array)[env_idx]
+        where = " in single precision" if np.isfinite(array).all() else ""
+        raise ValueError(
+            f"{name}{key} of environment {env_idx} is not finite{where} at step {num_timesteps}: {array}. "
+            "Training stopped before it was stored."
+        )
+
+
+def _as_floats(values: Any) -> np.ndarray:
+    """What an environment returned, as an array; an empty one where it holds no real numbers that could be infinite."""
+    if isinstance(values, th.Tensor):
+        values = values.detach().cpu().numpy()
+    try:
+        array = np.asarray(values)
+        array = array.astype(np.float64) if array.dtype == object else array
+    except (TypeError, ValueError):
+        return np.zeros(0)
+    return array if np.issubdtype(array.dtype, np.floating) else np.zeros(0)
 
 
 def check_parameters(policy: th.nn.Module, num_timesteps: int) -> None:

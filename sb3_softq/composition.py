@@ -16,11 +16,11 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import nn
 
 from sb3_softq.checks import check_integer, check_number
-from sb3_softq.policies import ParticleCritic, SoftQPolicy
+from sb3_softq.policies import Freezable, ParticleCritic, SoftQPolicy
 from sb3_softq.softq import SoftQ
 
 
-class SumOfCritics(nn.Module):
+class SumOfCritics(Freezable):
     """
     Q(s, a) = sum_i w_i min_c Q_ic(s, a), frozen. Stands where a :class:`ParticleCritic` does.
 
@@ -32,11 +32,7 @@ class SumOfCritics(nn.Module):
         super().__init__()
         self.critics = nn.ModuleList(critics)
         self.weights = list(weights)
-        self.requires_grad_(False)
-
-    def set_training_mode(self, mode: bool) -> None:
-        """The critics are frozen, whatever the mode: so are their running statistics."""
-        self.eval()
+        self.freeze()
 
     def features(self, obs: PyTorchObs) -> list[th.Tensor]:
         """
@@ -151,7 +147,7 @@ def compose(
     own["net_arch"] = dict(pi=first.actor.net_arch, qf=[])
     policy_kwargs = own | kwargs.pop("policy_kwargs", {}) | dict(members=members, weights=weights)
     settings = dict(
-        learning_starts=0, ent_coef=float(first._ent_coef_tensor()), gamma=first.gamma, device=first.device, seed=first.seed
+        learning_starts=0, ent_coef=float(first.ent_coef_tensor), gamma=first.gamma, device=first.device, seed=first.seed
     )
     settings |= {name: getattr(first, name) for name in _SHARED_SETTINGS}
     buffer_size = sum(buffer.size() * buffer.n_envs for buffer in buffers)
@@ -219,7 +215,7 @@ def _check_agents(agents: list[SoftQ], weights: list[float], with_temperature: b
                     f"{name} of agents[{i}] is {getattr(agent, name)}, that of agents[0] {getattr(first, name)}: "
                     "they must be the same"
                 )
-        temperatures = float(first._ent_coef_tensor()), float(agent._ent_coef_tensor())
+        temperatures = float(first.ent_coef_tensor), float(agent.ent_coef_tensor)
         if with_temperature and not math.isclose(*temperatures, rel_tol=1e-4):
             raise ValueError(
                 f"ent_coef of agents[{i}] is {temperatures[1]:.4g}, that of agents[0] {temperatures[0]:.4g}: they must be the "

@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBuff
 from stable_baselines3.dqn.policies import CnnPolicy as DQNCnnPolicy
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPolicy
+from typing_extensions import Self
 
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_discrete_action_space, check_integer
@@ -25,7 +26,7 @@ class DiscreteSoftQPolicy(DQNPolicy):
     :param net_arch: Hidden layers; [256, 256] by default, none after ``NatureCNN``
     """
 
-    ent_coef: th.Tensor
+    log_ent_coef: th.Tensor
 
     def __init__(
         self,
@@ -41,8 +42,30 @@ class DiscreteSoftQPolicy(DQNPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        # Saved with the weights, so that the policy can act without the algorithm
-        self.register_buffer("ent_coef", th.ones(1))
+        # Log of the temperature, here alone: the policy acts by it, with or without the algorithm, which learns or sets it
+        self.register_buffer("log_ent_coef", th.zeros(1))
+
+    @property
+    def ent_coef(self) -> th.Tensor:
+        """Temperature, shape (1,)."""
+        return th.exp(self.log_ent_coef.detach())
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        # whoever asks: its dropout and running statistics are no business of training
+        self.q_net_target.eval()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # agents saved before had the temperature itself
+        if prefix + "ent_coef" in state_dict:
+            state_dict[prefix + "log_ent_coef"] = th.log(state_dict.pop(prefix + "ent_coef"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "ent_coef" in self._buffers:  # likewise those that were pickled
+            self.register_buffer("log_ent_coef", th.log(self._buffers.pop("ent_coef")))  # type: ignore[arg-type]
 
     def logits(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -167,15 +190,26 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.policy.ent_coef.copy_(self._ent_coef_tensor())
+        self._share_ent_coef()
+
+    def _share_ent_coef(self) -> None:
+        """The policy acts by the temperature that is trained with: by the same tensor where it is learned."""
+        if self.log_ent_coef is not None:
+            self.policy.log_ent_coef = self.log_ent_coef
+        else:
+            self.policy.log_ent_coef.copy_(self.ent_coef_tensor.log())
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         super().set_parameters(load_path_or_dict, exact_match, device)
-        if self.log_ent_coef is None:
-            # load() may have been given another temperature than the policy was saved with
-            self.policy.ent_coef.copy_(self._ent_coef_tensor())
+        # a fixed temperature is an argument, not a parameter
+        self._share_ent_coef()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # agents that were pickled before it was shared
+        self._share_ent_coef()
 
     def _create_aliases(self) -> None:
         self.critic = self.policy.q_net
@@ -202,7 +236,8 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
 
     def train(self, gradient_steps: int, batch_size: int = 128) -> None:
         super().train(gradient_steps, batch_size)
-        self.policy.ent_coef.copy_(self._ent_coef_tensor())
+        # it may be a schedule
+        self._share_ent_coef()
 
     def _update_networks(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the critic towards r + gamma V(s')."""

@@ -1,8 +1,7 @@
 """Policies of SoftQ: a sampling actor, particle critics, and the policy that holds both."""
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch as th
@@ -20,6 +19,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from sb3_softq.checks import check_flag, check_integer, check_net_arch, check_number, check_type
 from sb3_softq.soft_value import local_log_std, mixture_mode
@@ -38,6 +38,104 @@ BATCH_NORM_MOMENTUM = 0.1
 # Of Adam, as CrossQ has them: without target networks the momentum of the gradient is that of an older target. CrossQ's actor
 # has them too; ours then keeps the modes less well.
 CRITIC_BETAS = (0.5, 0.999)
+# The averaged actor begins as the average over the last one of so many parts of the updates
+AVERAGING_PARTS = 9
+# Number of updates behind an average that has come from elsewhere: it is no beginner's
+MATURE = 1e9
+
+
+@th.no_grad()
+def polyak_update(network: nn.Module, target: nn.Module, tau: float) -> None:
+    """
+    Move the target's weights towards the network's, target <- target + tau (network - target), all of them in one call, and
+    copy what is no weight.
+
+    :param network: What is followed
+    :param target: What follows, of the same structure
+    :param tau: In [0, 1]
+    """
+    th._foreach_lerp_(list(target.parameters()), list(network.parameters()), tau)
+    # Copy running stats, see https://github.com/DLR-RM/stable-baselines3/issues/996
+    for running, copied in zip(network.buffers(), target.buffers(), strict=True):
+        copied.copy_(running)
+
+
+class Freezable(nn.Module):
+    """A network that can be frozen: it then stands in evaluation mode and has no gradients, whoever asks for another mode."""
+
+    frozen = False
+
+    def freeze(self) -> None:
+        """Freeze for good."""
+        self.frozen = True
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and not self.frozen)
+
+
+class JointBatchNorm(nn.Module):
+    """
+    Batch normalisation of a critic's inputs, by the statistics of transitions and particles of their next states together
+    while it is trained (:meth:`normalise_jointly`), by running statistics everywhere else. The mode of the module has no part
+    in it.
+
+    :param n_features: Number of inputs
+    """
+
+    running_mean: th.Tensor
+    running_var: th.Tensor
+
+    def __init__(self, n_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(th.ones(n_features))
+        self.bias = nn.Parameter(th.zeros(n_features))
+        self.register_buffer("running_mean", th.zeros(n_features))
+        self.register_buffer("running_var", th.ones(n_features))
+
+    def normalise_jointly(self, pairs: th.Tensor, next_pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Normalise by the statistics of both, which the running ones follow. The gradient is that of batch renormalisation
+        (Ioffe 2017, https://arxiv.org/abs/1702.03275): of the statistics of the first alone, which constants turn into those
+        of the joint batch.
+
+        :param pairs: Of transitions, shape (batch_size, n_features)
+        :param next_pairs: Of particles of the next states, shape (n, n_features)
+        :return: The same shapes, the second without gradient
+        """
+        eps = BATCH_NORM_EPS
+        with th.no_grad():
+            joint, mean, inv_std = th.native_batch_norm(
+                th.cat([pairs, next_pairs]),
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                True,
+                BATCH_NORM_MOMENTUM,
+                eps,
+            )
+            _, own_mean, own_inv_std = th.native_batch_norm(pairs, self.weight, self.bias, None, None, True, 0.0, eps)
+            # The transitions are part of the joint batch, so r needs none of the bounds that the paper has
+            r = inv_std / own_inv_std
+            d = (own_mean - mean) * inv_std
+        scale, shift = self.weight * r, self.bias + self.weight * d
+        return th.native_batch_norm(pairs, scale, shift, None, None, True, 0.0, eps)[0], joint[len(pairs) :]
+
+    def scale(self) -> th.Tensor:
+        """
+        :return: What the inputs less their running mean are multiplied by, shape (n_features,)
+        """
+        return self.weight * th.rsqrt(self.running_var + BATCH_NORM_EPS)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return (x - self.running_mean) * self.scale() + self.bias
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # nn.BatchNorm1d stood here, and counted
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def particle_forward(net: nn.Sequential, features: th.Tensor, particles: th.Tensor) -> th.Tensor:
@@ -51,13 +149,24 @@ def particle_forward(net: nn.Sequential, features: th.Tensor, particles: th.Tens
     :return: Shape (batch_size, n_particles, output_dim)
     """
     hidden: th.Tensor | None = None
-    norm: nn.BatchNorm1d | None = None
+    norm: JointBatchNorm | None = None
     for layer in net:
-        if isinstance(layer, nn.BatchNorm1d):
+        if isinstance(layer, JointBatchNorm):
             norm = layer
         elif isinstance(layer, nn.Linear):
-            weight, bias = (layer.weight, layer.bias) if norm is None else _fold(norm, layer.weight, layer.bias)
-            norm = None
+            weight: th.Tensor = layer.weight
+            bias: th.Tensor = layer.bias
+            if norm is not None:
+                scale: th.Tensor = norm.scale()
+                shift: th.Tensor = norm.bias
+                if hidden is None:
+                    # Observations may lie far from zero: folded into the bias, their mean would take their digits along
+                    means = norm.running_mean.split([features.shape[1], particles.shape[2]])
+                    features, particles = features - means[0], particles - means[1]
+                else:
+                    shift = shift - norm.running_mean * scale
+                weight, bias = weight * scale, bias + F.linear(shift, weight)
+                norm = None
             if hidden is not None:
                 # two axes: the output of a linear layer on three is a view, for which autograd makes copies
                 hidden = F.linear(hidden.view(-1, hidden.shape[-1]), weight, bias)
@@ -75,14 +184,6 @@ def particle_forward(net: nn.Sequential, features: th.Tensor, particles: th.Tens
     return hidden.float().view(*particles.shape[:2], -1)
 
 
-def _fold(norm: nn.BatchNorm1d, weight: th.Tensor, bias: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """Weight and bias of a linear layer that does what normalisation by running statistics and the layer after it do."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight * th.rsqrt(norm.running_var + norm.eps)
-    return weight * scale, bias + F.linear(norm.bias - norm.running_mean * scale, weight)
-
-
 def renormalised_forward(net: nn.Sequential, pairs: th.Tensor, next_pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     Apply an MLP with batch normalisation to transitions and, without gradient, to pairs of their next states. Both are
@@ -96,36 +197,14 @@ def renormalised_forward(net: nn.Sequential, pairs: th.Tensor, next_pairs: th.Te
     :return: Shapes (batch_size, output_dim) and (n, output_dim)
     """
     for layer in net:
-        if isinstance(layer, nn.BatchNorm1d):
-            pairs, next_pairs = _renormalise(layer, pairs, next_pairs)
+        if isinstance(layer, JointBatchNorm):
+            pairs, next_pairs = layer.normalise_jointly(pairs, next_pairs)
         else:
             pairs = _apply(layer, pairs)
             with th.no_grad():
                 next_pairs = _apply(layer, next_pairs)
     # what follows wants more digits than bfloat16 has
     return pairs.float(), next_pairs.float()
-
-
-def _renormalise(norm: nn.BatchNorm1d, pairs: th.Tensor, next_pairs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """Normalisation by the statistics of both, see :func:`renormalised_forward`."""
-    assert norm.momentum is not None
-    with th.no_grad():
-        joint, mean, inv_std = th.native_batch_norm(
-            th.cat([pairs, next_pairs]),
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            True,
-            norm.momentum,
-            norm.eps,
-        )
-        _, own_mean, own_inv_std = th.native_batch_norm(pairs, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
-        # The transitions are part of the joint batch, so r needs none of the bounds that the paper has
-        r = inv_std / own_inv_std
-        d = (own_mean - mean) * inv_std
-    weight, bias = norm.weight * r, norm.bias + norm.weight * d
-    return th.native_batch_norm(pairs, weight, bias, None, None, True, 0.0, norm.eps)[0], joint[len(pairs) :]
 
 
 def _apply(layer: nn.Module, hidden: th.Tensor) -> th.Tensor:
@@ -139,12 +218,12 @@ def _normalised(net: nn.Module) -> nn.Sequential:
     layers: list[nn.Module] = []
     for layer in net.children():
         if isinstance(layer, nn.Linear):
-            layers.append(nn.BatchNorm1d(layer.in_features, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM))
+            layers.append(JointBatchNorm(layer.in_features))
         layers.append(layer)
     return nn.Sequential(*layers)
 
 
-class SamplingActor(BasePolicy):
+class SamplingActor(Freezable, BasePolicy):
     """
     Sampler u = c + sigma * eps with c = xi + shift(s, xi), sigma = sigma(s, xi) and noise xi, eps ~ N(0, I_d); a = tanh(u).
 
@@ -330,7 +409,7 @@ class SamplingActor(BasePolicy):
         return self(observation, deterministic)
 
 
-class ParticleCritic(ContinuousCritic):
+class ParticleCritic(Freezable, ContinuousCritic):
     """
     SB3's Q networks, evaluated for several actions per state, and on request with batch normalisation before each linear
     layer (CrossQ, Bhatt et al. 2024, https://arxiv.org/abs/1902.05605). See :class:`ContinuousCritic` for the other
@@ -345,6 +424,15 @@ class ParticleCritic(ContinuousCritic):
             for i, net in enumerate(self.q_networks):
                 self.q_networks[i] = _normalised(net)
                 self.add_module(f"qf{i}", self.q_networks[i])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for net in self.q_networks:
+            assert isinstance(net, nn.Sequential)
+            for i, layer in enumerate(net):
+                if isinstance(layer, nn.BatchNorm1d):  # in agents that were pickled when it stood here
+                    net[i] = JointBatchNorm(layer.num_features)
+                    net[i].load_state_dict(layer.state_dict())
 
     def features(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -423,6 +511,7 @@ class SoftQPolicy(BasePolicy):
     averaged_actor: SamplingActor
     critic: ParticleCritic
     critic_target: ParticleCritic
+    _averaged_output: th.Tensor
 
     def __init__(
         self,
@@ -472,17 +561,22 @@ class SoftQPolicy(BasePolicy):
         self.batch_norm = batch_norm
 
         self.actor = self.make_actor()
-        # Like the target, it never shares its features extractor
-        self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.averaged_actor.set_training_mode(False)
-        self.exploring = False
+        # Like the target, it never shares its features extractor. It takes no random numbers from those that come after it
+        with th.random.fork_rng(devices=[]):
+            self.averaged_actor = self.make_actor()
+        self.averaged_actor.load_state_dict(self.actor.state_dict())
+        self.averaged_actor.freeze()
+        self.n_averaged = 0.0
         self.critic = self.make_critic(self.actor.features_extractor if share_features_extractor else None)
         # The target never shares its features extractor
         self.critic_target = self.make_critic()
         self.critic_target.load_state_dict(self.critic.state_dict())
-        self.critic_target.set_training_mode(False)
+        self.critic_target.freeze()
 
         self.actor.optimizer = self._make_optimizer(list(self.actor.parameters()), lr_schedule)
+        self._averaged_version = self._actor_version()
+        # not saved; a buffer, so that it moves with the policy
+        self.register_buffer("_averaged_output", self._output_layer(), persistent=False)
         # A shared features extractor learns from the actor loss only, as in SAC
         actor_parameters = {id(param) for param in self.actor.parameters()}
         critic_parameters = [param for param in self.critic.parameters() if id(param) not in actor_parameters]
@@ -546,22 +640,118 @@ class SoftQPolicy(BasePolicy):
         ).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self._predict(obs, deterministic=deterministic)
+        """
+        Actions in the normalised box. With gradients those of the actor, so that it can be trained by any loss; without, those
+        that :meth:`predict` answers.
+
+        :param obs: Observations
+        :param deterministic: Whether to return the deterministic action
+        :return: Shape (batch_size, action_dim)
+        """
+        if th.is_grad_enabled():
+            return self.actor(obs, deterministic)
+        self.sync_averaged_actor()
+        return self._predict(obs, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        actor = self.actor if self.exploring else self.averaged_actor
-        return actor(observation, deterministic)
+        return self.averaged_actor(observation, deterministic)
 
     def set_training_mode(self, mode: bool) -> None:
         """
-        Put the policy in either training or evaluation mode. The averaged actor and the target networks stay in
-        evaluation mode.
+        Put the policy in either training or evaluation mode, in which all that trains or asks it finds it. The averaged actor
+        and the target networks stay in evaluation mode.
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
-        self.actor.set_training_mode(mode)
-        self.critic.set_training_mode(mode)
-        self.training = mode
+        self.sync_averaged_actor()
+        super().set_training_mode(mode)
+
+    # ------------------------------------------------------------------ the average of the actor's weights
+
+    def update_averaged_actor(self, tau: float) -> None:
+        """
+        Move the average towards the actor, after an update of it: averaged <- averaged + step (actor - averaged). The step is
+        ``tau``, or 9 / (n + 9) at the n-th update while that is larger, about an average over the last ninth of the updates.
+
+        :param tau: In (0, 1]
+        """
+        self.n_averaged += 1.0
+        polyak_update(self.actor, self.averaged_actor, max(tau, AVERAGING_PARTS / (self.n_averaged + AVERAGING_PARTS)))
+        self._follow()
+
+    def sync_averaged_actor(self, force: bool = False) -> None:
+        """
+        Make the average a copy of the actor, if somebody else than training has written into the actor since it was last
+        averaged. All that asks, trains or saves the policy calls it, so that who trains the actor sees what it has learned:
+
+            optimizer = th.optim.Adam(model.actor.parameters(), lr=1e-3)
+            for obs, actions in demonstrations:  # tensors; actions in the normalised box (-1, 1)^d
+                loss = (model.policy(obs, deterministic=True) - actions).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            model.predict(...)  # imitates; model.learn(...) goes on from there
+
+        Noticed is all that changes the output layer, and in other layers what autograd sees, as the steps of most optimizers
+        and ``load_state_dict``. From a copy the average moves on with the steps that it takes late in training.
+
+        :param force: Copy in any case: for what fused optimizers or ``.data`` have written into other layers alone
+        """
+        written = self._actor_version() != self._averaged_version or not th.equal(self._output_layer(), self._averaged_output)
+        if force or written:
+            polyak_update(self.actor, self.averaged_actor, tau=1.0)
+            self.n_averaged = MATURE
+            self._follow()
+
+    def _follow(self) -> None:
+        """The average is that of the actor as it stands."""
+        self._averaged_version = self._actor_version()
+        self._averaged_output = self._output_layer()
+
+    def _actor_version(self) -> int:
+        """Changes when autograd sees that the actor's weights are written to, which is not so with fused optimizers."""
+        return sum(parameter._version for parameter in self.actor.optimizer.param_groups[0]["params"])
+
+    def _output_layer(self) -> th.Tensor:
+        """What any training of the actor changes."""
+        layer = self.actor.head[-1]
+        return th.cat([layer.weight.detach().flatten(), layer.bias.detach()])  # type: ignore[operator]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.sync_averaged_actor()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # a float, as all that is saved: it can be perturbed or averaged like a weight
+        destination[prefix + "n_averaged"] = th.tensor([self.n_averaged], device=self.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        n_averaged = state_dict.pop(prefix + "n_averaged", None)
+        if n_averaged is not None:
+            self.n_averaged = float(n_averaged)
+        elif any(key.startswith(prefix + "averaged_actor.") for key in state_dict):
+            # agents that were saved without it
+            self.n_averaged = MATURE
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        result = super().load_state_dict(state_dict, strict, assign)
+        if any(key.startswith("averaged_actor.") for key in state_dict):
+            # it came with the actor
+            self._follow()
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.sync_averaged_actor()
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # the parameters of a copy count anew
+        self._averaged_version = self._actor_version()
+        # agents that were pickled before these were there
+        self.__dict__.setdefault("n_averaged", MATURE)
+        self.register_buffer("_averaged_output", self._output_layer(), persistent=False)
+        self.averaged_actor.freeze()
+        self.critic_target.freeze()
 
 
 MlpPolicy = SoftQPolicy

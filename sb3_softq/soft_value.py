@@ -11,6 +11,9 @@ import math
 import torch as th
 from torch.nn import functional as F
 
+# Smallest standard deviation that particles get from the distance to their neighbours
+LOCAL_STD_MIN = 0.03
+
 
 def tanh_log_det(u: th.Tensor) -> th.Tensor:
     """
@@ -92,7 +95,7 @@ def mixture_mode(start: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_steps:
     return u.squeeze(1)
 
 
-def local_log_std(mean: th.Tensor, scale: float = 0.7, std_min: float = 0.03, std_max: float = 1.0) -> th.Tensor:
+def local_log_std(mean: th.Tensor, scale: float = 0.7, std_min: float = LOCAL_STD_MIN, std_max: float = 1.0) -> th.Tensor:
     """
     Bandwidths for particles that come without one: std_k = ``scale`` times the distance to the nearest other
     particle over sqrt(d). Local, because one bandwidth for all would fill the valley between two modes.

@@ -12,11 +12,12 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_softq.base import MaximumEntropyAlgorithm, polyak_update
+from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import (
+    MAX_ENT_COEF,
     check_action_space,
     check_choice,
     check_compiler,
@@ -26,8 +27,17 @@ from sb3_softq.checks import (
     check_number,
     check_schedule,
 )
-from sb3_softq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, ParticleCritic, SamplingActor, SoftQPolicy
+from sb3_softq.policies import (
+    LOG_STD_MIN,
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    ParticleCritic,
+    SamplingActor,
+    SoftQPolicy,
+)
 from sb3_softq.soft_value import (
+    LOCAL_STD_MIN,
     effective_sample_size,
     mixture_log_prob,
     mixture_log_prob_and_score,
@@ -45,8 +55,6 @@ RepulsionName = Literal["density", "kernel"]
 ANNEALING = 20.0
 ANNEALING_PART = 2 / 3
 ANNEALING_UPDATES = 10_000
-# The averaged actor begins as the average over the last one of so many parts of the updates
-AVERAGING_PARTS = 9
 # Particles of the estimates that a user asks for, where accuracy counts more than speed
 N_QUERY_PARTICLES = 256
 
@@ -87,7 +95,7 @@ class SoftQ(MaximumEntropyAlgorithm):
     :param ent_coef: Temperature alpha (the inverse of the reward scale of the original): ``"auto_0.1"`` learns it
         from the initial value 0.1, ``"auto"`` from 1; a positive float, or a function of the progress remaining, sets it.
     :param target_entropy: Target of the policy's entropy in nats over the normalised box (-1, 1)^d when ``ent_coef`` is
-        learned, at most d log(2), that of uniform actions. ``"auto"`` is -d.
+        learned, from -3.58 d, that of the narrowest particle, to d log(2), that of uniform actions. ``"auto"`` is -d.
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps
     :param actor_tau: Step, in (0, 1], of the averaged actor towards the one that is trained, after each of its updates. The
         averaged actor is what ``predict`` and the queries ask, and gives the particles of the soft value (the place of the
@@ -110,7 +118,9 @@ class SoftQ(MaximumEntropyAlgorithm):
         evaluated, and an updated part of this share, which moves (0.5 in the original). By default every particle is both.
     :param annealing: Factor of the temperature in the actor's step (the critic's target keeps ``ent_coef``): a float >= 1
         or a function of the progress remaining. ``"auto"`` is 1 when the temperature is learned, since that anneals by
-        itself, and when it is not falls from 20 to 1 over two thirds of training, or over 10,000 updates if they are fewer.
+        itself, and when it is not falls from 20 to 1 over two thirds of training, or over 10,000 updates if they are fewer. It
+        never rises again. Of a training in many calls ``learn(..., reset_num_timesteps=False)``, from the first one on, nobody
+        knows the length: there it is 10,000 updates.
     :param actor_learning_rate: learning rate of the actor, float or function of the progress remaining;
         ``learning_rate`` by default
     :param ent_coef_learning_rate: learning rate of the log of the temperature, when it is learned;
@@ -136,6 +146,9 @@ class SoftQ(MaximumEntropyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+    # How far annealing="auto" has come, from 0 to 1, and whether learn() was told how long training is
+    _annealed = 0.0
+    _length_is_known = True
     policy: SoftQPolicy
     actor: SamplingActor
     averaged_actor: SamplingActor
@@ -143,6 +156,13 @@ class SoftQ(MaximumEntropyAlgorithm):
     critic_target: ParticleCritic
     action_space: spaces.Box
     floats = (*MaximumEntropyAlgorithm.floats, "actor_learning_rate", "annealing")
+    integers: ClassVar[dict[str, int]] = MaximumEntropyAlgorithm.integers | {
+        "policy_delay": 1,
+        "n_value_particles": 1,
+        "n_actor_particles": 1,
+        "n_actor_states": 1,
+        "n_density_particles": 0,
+    }
 
     def __init__(
         self,
@@ -188,9 +208,6 @@ class SoftQ(MaximumEntropyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        if isinstance(policy_kwargs, dict) and policy_kwargs.get("use_sde") is False:
-            # SAC leaves it in the dict that it was given, which a user may pass to us next
-            policy_kwargs = {key: value for key, value in policy_kwargs.items() if key != "use_sde"}
         super().__init__(
             policy,
             env,
@@ -243,10 +260,6 @@ class SoftQ(MaximumEntropyAlgorithm):
         if self.actor_learning_rate is not None:
             check_learning_rate("actor_learning_rate", self.actor_learning_rate)
         check_number("actor_tau", self.actor_tau, 0.0, 1.0, open_low=True)
-        check_integer("policy_delay", self.policy_delay, 1)
-        for name in ("n_value_particles", "n_actor_particles", "n_actor_states"):
-            check_integer(name, getattr(self, name), 1)
-        check_integer("n_density_particles", self.n_density_particles, 0)
         check_choice("proposal", self.proposal, get_args(ProposalName))
         if self.proposal == "mixture" and self.n_value_particles < 2:
             raise ValueError(
@@ -262,7 +275,8 @@ class SoftQ(MaximumEntropyAlgorithm):
         if isinstance(self.annealing, str):
             check_choice("annealing", self.annealing, ("auto",))
         else:
-            check_schedule("annealing", self.annealing, 1.0, open_low=False)
+            # the temperature times it is divided by too
+            check_schedule("annealing", self.annealing, 1.0, open_low=False, high=MAX_ENT_COEF)
         if self.kernel_update_ratio is not None:
             check_number("kernel_update_ratio", self.kernel_update_ratio, 0.0, 1.0, open_low=True)
             if self.kernel_update_ratio == 1.0 or self.n_actor_particles < 2 or self.kernel == "delta":
@@ -287,10 +301,19 @@ class SoftQ(MaximumEntropyAlgorithm):
         if self.compile and not self._is_loaded:
             check_compiler(self.device)
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
         if self.compile:
             check_compiler(self.device)
-        return super()._setup_learn(*args, **kwargs)
+        if reset_num_timesteps or self.num_timesteps == 0:
+            self._length_is_known = reset_num_timesteps
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
@@ -300,8 +323,11 @@ class SoftQ(MaximumEntropyAlgorithm):
         return -float(math.prod(self.action_space.shape))
 
     def _entropy_bounds(self) -> tuple[float, float]:
-        # that of uniform actions in (-1, 1)^d
-        return -math.inf, math.prod(self.action_space.shape) * math.log(2.0)
+        # from the narrowest Gaussian that smooths a particle, in the middle of the box, to uniform actions in (-1, 1)^d
+        n_dims = math.prod(self.action_space.shape)
+        log_std = LOG_STD_MIN if self.policy_kwargs.get("smoothing", "learned") == "learned" else math.log(LOCAL_STD_MIN)
+        least = n_dims * (0.5 * math.log(2.0 * math.pi * math.e) + log_std)
+        return math.ceil(1e3 * least) / 1e3, n_dims * math.log(2.0)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.actor.optimizer, self.critic.optimizer]
@@ -317,15 +343,28 @@ class SoftQ(MaximumEntropyAlgorithm):
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
 
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        params = self._read_parameters(load_path_or_dict, device)
+        super().set_parameters(params, exact_match, device)
+        if self._n_updates > 0 and "n_averaged" not in params.get("policy", ["n_averaged"]):
+            # release 0.1.0 counted the agent's updates
+            self.policy.n_averaged = self._n_updates / self.policy_delay
+
     # ------------------------------------------------------------------ training
 
-    def _sample_action(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The trained actor collects: an average that hardly moves tries less, and its critics hear late of their errors."""
-        self.policy.exploring = True
-        try:
-            return super()._sample_action(*args, **kwargs)
-        finally:
-            self.policy.exploring = False
+        if self.num_timesteps < learning_starts:
+            return super()._sample_action(learning_starts, action_noise, n_envs)
+        assert self._last_obs is not None
+        scaled_action = self.policy.scale_action(self.actor.predict(self._last_obs)[0])
+        if action_noise is not None:
+            scaled_action = np.clip(scaled_action + action_noise(), -1, 1)
+        return self.policy.unscale_action(scaled_action), scaled_action
 
     def _update_networks(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         stats = self._update_critic(replay_data, ent_coef)
@@ -345,8 +384,7 @@ class SoftQ(MaximumEntropyAlgorithm):
         self.actor.optimizer.zero_grad()
         stats = self._call(SoftQ._actor_gradients, _spread(obs, self.n_actor_states), ent_coef * self._annealing())
         self.actor.optimizer.step()
-        n_updates = self._n_updates / self.policy_delay
-        polyak_update(self.actor, self.averaged_actor, max(self.actor_tau, AVERAGING_PARTS / (n_updates + AVERAGING_PARTS)))
+        self.policy.update_averaged_actor(self.actor_tau)
         # the quantity that the actor maximizes, with the sign of a loss
         loss = -(stats.pop("actor_q_value") + ent_coef * stats["entropy"])
         return {"actor_loss": loss, **stats}
@@ -493,8 +531,9 @@ class SoftQ(MaximumEntropyAlgorithm):
             return FloatSchedule(self.annealing)(self._current_progress_remaining)
         if self.log_ent_coef is not None:
             return 1.0
-        done = max((1.0 - self._current_progress_remaining) / ANNEALING_PART, self._n_updates / ANNEALING_UPDATES)
-        return ANNEALING + (1.0 - ANNEALING) * min(done, 1.0)
+        part_done = (1.0 - self._current_progress_remaining) / ANNEALING_PART if self._length_is_known else 0.0
+        self._annealed = min(max(self._annealed, part_done, self._n_updates / ANNEALING_UPDATES), 1.0)
+        return ANNEALING + (1.0 - ANNEALING) * self._annealed
 
     # ------------------------------------------------------------------ what a maximum-entropy agent can be asked
 
@@ -587,7 +626,7 @@ class SoftQ(MaximumEntropyAlgorithm):
         """
         check_integer("n_particles", n_particles, 1)
         obs_tensor, vectorized = self._query(obs)
-        ent_coef = self._ent_coef_tensor()
+        ent_coef = self.ent_coef_tensor
         values = []
         with th.no_grad():
             for i in range(_batch_size(obs_tensor)):

@@ -46,7 +46,8 @@ def median_bandwidth(sq_distances: th.Tensor, exclude_diagonal: bool, minimum: f
     n_skip = n if exclude_diagonal else 0
     # a lone particle has no distance to take a median of, and its kernel is 1 whatever the bandwidth
     rank = min(n_skip + (n_updated * n - n_skip + 1) // 2, n_updated * n)
-    median = sq_distances.flatten(start_dim=1).kthvalue(max(rank, 1), dim=1).values
+    # not kthvalue, which has no deterministic implementation on CUDA
+    median = sq_distances.flatten(start_dim=1).topk(max(rank, 1), dim=1, largest=False).values[:, -1]
     return (median / math.log(max(n, 2))).clamp_min(minimum)[:, None, None]
 
 

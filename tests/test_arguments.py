@@ -14,11 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecCheckNan,
+    VecExtractDictObs,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+)
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_softq import DiscreteSoftQ, SoftQ
@@ -74,16 +81,18 @@ INTEGERS = {
 
 
 @pytest.mark.parametrize("name", INTEGERS)
-@pytest.mark.parametrize("value", ["too small", 1.0, 1e6, NAN, "4", None, True, [4]])
+@pytest.mark.parametrize("value", ["too small", 1.5, 1e60, NAN, INF, "4", None, True, [4]])
 def test_integers(name, value):
     value = INTEGERS[name] - 1 if value == "too small" else value
     assert f"an integer >= {INTEGERS[name]}" in refused(name, value)
 
 
+@pytest.mark.parametrize("kind", [np.int64, float, np.float32])
 @pytest.mark.parametrize("name", INTEGERS)
-def test_smallest_integer_is_allowed(name):
+def test_smallest_integer_is_allowed(name, kind):
+    """As a number of any type, as 1e4 is written where 10000 is meant."""
     kwargs = {"policy_kwargs": {"batch_norm": False}} if name == "batch_size" else {}
-    assert make(**{name: np.int64(INTEGERS[name])}, **kwargs).learn(10).num_timesteps == 10
+    assert make(**{name: kind(INTEGERS[name])}, **kwargs).learn(10).num_timesteps == 10
 
 
 def test_a_mixture_needs_two_particles():
@@ -114,7 +123,7 @@ def test_actor_tau(value):
     assert "a finite number > 0.0 and <= 1.0" in refused("actor_tau", value)
 
 
-POSITIVE = ("learning_rate", "actor_learning_rate", "ent_coef_learning_rate", "ent_coef", "bandwidth")
+POSITIVE = ("learning_rate", "actor_learning_rate", "ent_coef_learning_rate", "bandwidth")
 
 
 @pytest.mark.parametrize("name", POSITIVE)
@@ -134,7 +143,12 @@ def test_learning_rates_are_no_strings(name, value):
     assert "a finite number > 0.0" in refused(name, value)
 
 
-@pytest.mark.parametrize("name", [*POSITIVE, "annealing", "target_entropy"])
+@pytest.mark.parametrize("value", [0, 1e-9, -1e-3, 1e9, 1e-40, NAN, INF, True, [1e-3], th.tensor(1e-3)])
+def test_temperatures_that_single_precision_can_divide_by(value):
+    assert "a finite number >= 1e-08 and <= 100000000.0" in refused("ent_coef", value)
+
+
+@pytest.mark.parametrize("name", [*POSITIVE, "ent_coef", "annealing", "target_entropy"])
 @pytest.mark.parametrize("value", [1, np.float32(1.5), np.float64(1.5), np.int64(2)])
 def test_any_kind_of_number_works(name, value):
     """Numbers come out of configuration files and random generators in all types."""
@@ -172,12 +186,12 @@ def test_learning_rates_may_end_at_zero(name):
 
 def test_temperature_may_not_end_at_zero():
     """It divides: hours of training would end in nan with the last update."""
-    with pytest.raises(ValueError, match=re.escape("ent_coef(0)=0.0 is not allowed: it must be a finite number > 0.0")):
+    with pytest.raises(ValueError, match=re.escape("ent_coef(0)=0.0 is not allowed: it must be a finite number >= 1e-08")):
         make(ent_coef=LinearSchedule(0.1, 0.0, 1.0))
 
 
 @pytest.mark.parametrize(
-    "value", ["Auto", "auto_", "auto_0", "auto_-1", "auto_x", "auto_nan", "auto_inf", "0.1", "", "autox", "auto0.1"]
+    "value", ["Auto", "auto_", "auto_0", "auto_-1", "auto_x", "auto_nan", "auto_inf", "auto_1e-20", "", "autox", "auto0.1"]
 )
 def test_ent_coef_strings(value):
     message = refused("ent_coef", value)
@@ -186,10 +200,15 @@ def test_ent_coef_strings(value):
 
 @pytest.mark.parametrize(("value", "expected"), [("auto", 1.0), ("auto_0.1", 0.1), ("auto_1e-2", 0.01), ("auto_5", 5.0)])
 def test_initial_temperature(value, expected):
-    assert make(ent_coef=value)._ent_coef_tensor().item() == pytest.approx(expected)
+    assert make(ent_coef=value).ent_coef_tensor.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("value", ["Auto", "auto_1", "-2", NAN, INF, None, True, [-1.0]])
+def test_numbers_as_strings_are_numbers():
+    model = make(ent_coef="0.1", target_entropy="-2")
+    assert (model.ent_coef, model.target_entropy) == (0.1, -2.0)
+
+
+@pytest.mark.parametrize("value", ["Auto", "auto_1", -20.0, NAN, INF, None, True, [-1.0]])
 def test_target_entropy(value):
     message = refused("target_entropy", value)
     assert ("'auto'" if isinstance(value, str) else "a finite number") in message
@@ -375,7 +394,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "replay_buffer_class": ["HerReplayBuffer", dict, 3],
     "replay_buffer_kwargs": [3, "n_steps"],
     "tensorboard_log": [3, True],
-    "verbose": ["1", -1, 3, None, True],
+    "verbose": ["1", -1, 1.5, None],
     "device": ["gpux", 3.5, "cuda:99", None],
     "bfloat16": [1, None, "yes"],
     "compile": [0, "auto"],
@@ -614,3 +633,205 @@ def test_a_space_works_or_is_refused(box, observation_space):
     obs = observation_space.sample()
     assert action_space.contains(model.predict(obs, deterministic=True)[0])
     assert model.sample_actions(obs, 3).shape == (3, *action_space.shape)
+
+
+WIDE: list[tuple[Any, Any, type]] = [
+    (-2e38, 2e38, np.float32),
+    (-1e308, 1e308, np.float64),
+    (-6e4, 6e4, np.float16),
+    ([-1.0, -3e38], [1.0, 1e38], np.float32),
+]
+
+
+@pytest.mark.parametrize(("low", "high", "dtype"), WIDE)
+def test_boxes_whose_width_overflows(low, high, dtype):
+    space = spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match=r"action_space=Box.* is not allowed.*high - low finite"):
+        make(OneStep(space))
+
+
+@pytest.mark.parametrize(("high", "dtype"), [(1e38, np.float32), (1e300, np.float64), (3e4, np.float16)])
+def test_boxes_whose_width_does_not(high, dtype):
+    space = spaces.Box(-high, high, (1,), dtype)
+    with np.errstate(over="ignore"):
+        action, _ = make(OneStep(space)).learn(10).predict(np.zeros(1, dtype=np.float32))
+    assert space.contains(action.astype(dtype))
+
+
+@pytest.mark.parametrize("n_dims", [1, 3])
+@pytest.mark.parametrize("smoothing", ["learned", "local"])
+def test_entropies_that_no_sampler_has(n_dims, smoothing):
+    """The number that is named is allowed, and the policy of the narrowest component in the middle of the box has it."""
+    env = OneStep(spaces.Box(-1, 1, (n_dims,), dtype=np.float32))
+    kwargs: dict[str, Any] = {"env": env, "policy_kwargs": {"net_arch": [4], "smoothing": smoothing}}
+    message = refused("target_entropy", -20.0, **kwargs)
+    match = re.search(r"a finite number >= (\S+) and <= (\S+)", message)
+    assert match is not None
+    low, high = map(float, match.groups())
+    assert high == pytest.approx(n_dims * np.log(2.0))
+    log_std = -5.0 if smoothing == "learned" else np.log(0.03)
+    normal = th.distributions.Normal(0.0, float(np.exp(log_std)))
+    assert low == pytest.approx(n_dims * normal.entropy().item(), abs=2e-3)
+    for value in (low, high):
+        assert make(target_entropy=value, **kwargs).target_entropy == value
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+@pytest.mark.parametrize("extreme", ["lowest", "highest"])
+@pytest.mark.parametrize("learning_rate", [3.0, 1e20])
+def test_the_temperature_stays_where_single_precision_can_divide_by_it(algorithm, extreme, learning_rate):
+    """Towards an entropy that no policy reaches it falls or rises for ever: both ends of what is allowed, at any speed."""
+    bounds = {SoftQ: (-7.162, 2 * np.log(2.0)), DiscreteSoftQ: (0.0, np.log(3.0))}[algorithm]
+    target = bounds[extreme == "highest"]
+    env = OneStep() if algorithm is SoftQ else OneStepDiscrete()
+    model = make(env, algorithm, target_entropy=target, ent_coef_learning_rate=learning_rate).learn(60)
+    assert 0.9e-8 < model.ent_coef_tensor.item() < 1.1e8
+    assert all(th.isfinite(tensor).all() for tensor in model.policy.state_dict().values())
+    assert np.isfinite(model.soft_value(np.zeros((1, 1), dtype=np.float32))).all()
+
+
+BOX3 = spaces.Box(-1.0, 1.0, (3,), dtype=np.float32)
+IMAGE = spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)
+WRAPPED = {
+    "frames stacked over normalised ones": (BOX3, lambda env: VecFrameStack(VecNormalize(env), 2)),
+    "and with rewards alone": (BOX3, lambda env: VecFrameStack(VecNormalize(env, norm_obs=False), 2)),
+    "and with something between": (BOX3, lambda env: VecFrameStack(VecMonitor(VecNormalize(env)), 2)),
+    "a key of normalised ones": (
+        spaces.Dict(a=BOX3, b=BOX3),
+        lambda env: VecExtractDictObs(VecNormalize(env), "a"),
+    ),
+    "images that SB3 transposes": (IMAGE, lambda env: VecNormalize(env, norm_obs=False)),
+    "images among others": (spaces.Dict(a=BOX3, b=IMAGE), lambda env: VecNormalize(env, norm_obs_keys=["a"])),
+    "numbers": (spaces.Discrete(3), lambda env: VecNormalize(env, norm_obs=False)),
+}
+
+
+def policy_for(space):
+    return "MultiInputPolicy" if isinstance(space, spaces.Dict) else "CnnPolicy" if space is IMAGE else "MlpPolicy"
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+def test_wrappers_that_do_not_fit(name, algorithm):
+    space, wrap = WRAPPED[name]
+    action_space = spaces.Box(-1.0, 1.0, (1,)) if algorithm is SoftQ else spaces.Discrete(2)
+    env = wrap(DummyVecEnv([lambda: AnySpaces(space, action_space)]))
+    with pytest.raises(ValueError, match=r"env=.* is not allowed: it must not have VecNormalize"):
+        algorithm(policy_for(space), env, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["frames stacked over normalised ones", "numbers"])
+def test_wrappers_that_come_later_are_refused_too(tmp_path, name):
+    space, wrap = WRAPPED[name]
+    action_space = spaces.Box(-1.0, 1.0, (1,))
+    good = DummyVecEnv([lambda: AnySpaces(space, action_space)])
+    model = make(VecFrameStack(good, 2) if isinstance(space, spaces.Box) else good)
+    bad = wrap(DummyVecEnv([lambda: AnySpaces(space, action_space)]))
+    with pytest.raises(ValueError, match="must not have VecNormalize"):
+        model.set_env(bad)
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="must not have VecNormalize"):
+        SoftQ.load(tmp_path / "model", env=bad)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda env: VecNormalize(VecFrameStack(env, 2)),
+        lambda env: VecMonitor(VecNormalize(env)),
+        lambda env: VecCheckNan(VecMonitor(VecNormalize(VecFrameStack(env, 3)))),
+    ],
+)
+def test_wrappers_that_fit(wrap):
+    env = wrap(DummyVecEnv([lambda: AnySpaces(BOX3, spaces.Box(-1.0, 1.0, (1,)))]))
+    assert make(env).learn(12)._n_updates > 0
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(-1.0, 1.0, ()),
+        spaces.Box(-1.0, 1.0, (0,)),
+        spaces.Box(-1.0, 1.0, (2, 0)),
+        spaces.Dict(a=spaces.Box(-1.0, 1.0, ()), b=BOX3),
+        spaces.Dict(a=BOX3, b=spaces.Box(-1.0, 1.0, (0,))),
+        spaces.Dict({}),
+        spaces.Discrete(3, start=1),
+        spaces.Dict(a=spaces.Discrete(3, start=-1)),
+        spaces.MultiDiscrete(np.array([[2, 3], [2, 2]])),
+        spaces.MultiDiscrete([2, 3], start=[1, 0]),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+def test_observations_that_no_network_takes(space, algorithm):
+    action_space = spaces.Box(-1.0, 1.0, (1,)) if algorithm is SoftQ else spaces.Discrete(2)
+    with pytest.raises(ValueError, match=r"(?s)observation_space=.* is not allowed: it must be"):
+        algorithm(policy_for(space), AnySpaces(space, action_space))
+
+
+@pytest.mark.parametrize(
+    ("policy", "space"),
+    [
+        ("CnnPolicy", BOX3),
+        ("CnnPolicy", spaces.Box(0, 255, (8, 8, 1), dtype=np.uint8)),
+        ("MultiInputPolicy", BOX3),
+        ("MlpPolicy", spaces.Dict(a=BOX3)),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+def test_policies_that_do_not_fit_the_observations(policy, space, algorithm):
+    action_space = spaces.Box(-1.0, 1.0, (1,)) if algorithm is SoftQ else spaces.Discrete(2)
+    with pytest.raises(ValueError, match=policy):
+        algorithm(policy, AnySpaces(space, action_space))
+
+
+@pytest.mark.parametrize("total_timesteps", [INF, np.inf, 1e9])
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+def test_until_a_callback_stops(total_timesteps, algorithm):
+    model = make(OneStep() if algorithm is SoftQ else OneStepDiscrete(), algorithm)
+    model.learn(total_timesteps, StopTrainingOnMaxEpisodes(15))
+    assert model.num_timesteps == 15
+    assert model._current_progress_remaining > 0.99
+
+
+@pytest.mark.parametrize("value", [NAN, -1, "100", None, -INF])
+def test_total_timesteps(value):
+    with pytest.raises(ValueError, match=re.escape(f"total_timesteps={value!r} is not allowed")):
+        make().learn(value)
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+def test_no_updates_are_no_updates(algorithm):
+    model = make(OneStep() if algorithm is SoftQ else OneStepDiscrete(), algorithm).learn(20)
+    before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+    n_updates = model._n_updates
+    model.train(0)
+    assert model._n_updates == n_updates
+    assert all(th.equal(tensor, before[name]) for name, tensor in model.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+@pytest.mark.parametrize(("own", "other"), [("auto", 0.2), (0.2, "auto"), (lambda progress: 0.1, "auto_0.5")])
+def test_parameters_of_another_kind_of_temperature(tmp_path, algorithm, own, other):
+    def agent(ent_coef):
+        return make(OneStep() if algorithm is SoftQ else OneStepDiscrete(), algorithm, ent_coef=ent_coef)
+
+    model, parameters = agent(own), agent(other).get_parameters()
+    kinds = ("fixed", "learned") if own == "auto" else ("learned", "fixed")
+    match = f"an agent with a {kinds[0]} temperature are not allowed: they must come from one with a {kinds[1]} temperature"
+    with pytest.raises(ValueError, match=match):
+        model.set_parameters(parameters)
+    agent(other).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=match):
+        model.set_parameters(tmp_path / "model.zip")
+
+
+@pytest.mark.parametrize("kwargs", [{"verbose": True}, {"verbose": False}, {"verbose": 7}, {"learning_starts": 1e1}])
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+def test_what_sac_takes(algorithm, kwargs):
+    assert make(OneStep() if algorithm is SoftQ else OneStepDiscrete(), algorithm, **kwargs).learn(20)._n_updates > 0
+
+
+@pytest.mark.parametrize("value", [2.0, np.int64(2), (2.0, "step"), (np.int32(2), "step")])
+def test_train_freq_of_any_kind_of_number(value):
+    assert make(train_freq=value).learn(20)._n_updates > 0

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch as th
 
+from sb3_softq.policies import SamplingActor
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "benchmark" / "learning.py"
 ABLATIONS = SCRIPT.with_name("ablations.py")
@@ -264,13 +266,13 @@ def test_variant_average_collects_half(train_cell, variant):
     variant("average_collects_half")
     model = small_agent(train_cell, learning_starts=0, train_freq=600)
     collectors = []
-    predict = type(model.policy)._predict
+    forward = SamplingActor.forward
 
-    def record(self, observation: th.Tensor, deterministic: bool = False) -> th.Tensor:
-        collectors.append(self.exploring)
-        return predict(self, observation, deterministic)
+    def record(self, obs: th.Tensor, deterministic: bool = False) -> th.Tensor:
+        collectors.append(self is model.actor)
+        return forward(self, obs, deterministic)
 
-    with patch.object(type(model.policy), "_predict", record):
+    with patch.object(SamplingActor, "forward", record):
         model.learn(600)
     assert collectors == [True] * 200 + [False] * 200 + [True] * 200
 
@@ -279,14 +281,13 @@ def test_variant_explore_with_centres(train_cell, variant):
     """With almost no shift, centres are the noise xi, and smoothing noise of 0.7 makes the actions wider."""
     policy = small_agent(train_cell, policy_kwargs=dict(log_std_init=-0.3)).policy
 
-    def spread(exploring: bool) -> float:
-        policy.exploring = exploring
-        return th.atanh(policy._predict(OBSERVATIONS).clamp(-0.9999, 0.9999)).std().item()
+    def spread(actor: SamplingActor) -> float:
+        return th.atanh(actor._predict(OBSERVATIONS).clamp(-0.9999, 0.9999)).std().item()
 
-    wide = spread(True)
+    wide = spread(policy.actor)
     variant("explore_with_centres")
-    assert spread(True) < wide - 0.1
-    assert spread(False) == pytest.approx(wide, rel=0.1)
+    assert spread(policy.actor) < wide - 0.1
+    assert spread(policy.averaged_actor) == pytest.approx(wide, rel=0.1)
 
 
 def test_ablations(tmp_path: Path):

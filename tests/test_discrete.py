@@ -1,14 +1,16 @@
 """DiscreteSoftQ against exact soft value iteration, on CartPole, and through what SB3 offers."""
 
+import copy
 import subprocess
 import sys
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import HerReplayBuffer
+from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
@@ -115,8 +117,8 @@ def test_actions_that_do_not_fit(actions):
 @pytest.mark.parametrize(("target_entropy", "sign"), [(np.log(N_ACTIONS), 1), (0.0, -1)])
 def test_temperature_follows_the_entropy(target_entropy, sign):
     model = make(target_entropy=target_entropy).learn(30)
-    assert sign * (float(model._ent_coef_tensor()) - 0.1) > 0
-    assert th.equal(model.policy.ent_coef, model._ent_coef_tensor())
+    assert sign * (float(model.ent_coef_tensor) - 0.1) > 0
+    assert th.equal(model.policy.ent_coef, model.ent_coef_tensor)
 
 
 def test_save_and_load(tmp_path):
@@ -237,3 +239,47 @@ def test_example_of_the_equivalence(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("on-policy") == 3
     assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("given", ["dict", "file"])
+def test_one_temperature(tmp_path, given):
+    """What is trained with is what is acted by, whoever sets it."""
+    model, other = make(ent_coef="auto_0.5").learn(30), make(ent_coef="auto_0.01", seed=1)
+    parameters = model.get_parameters()
+    if given == "file":
+        model.save(tmp_path / "model")
+        parameters = tmp_path / "model.zip"
+    other.set_parameters(parameters)
+    assert other.policy.ent_coef.item() == other.ent_coef_tensor.item() == pytest.approx(model.policy.ent_coef.item())
+    other.learn(30)
+    assert other.policy.ent_coef.item() == other.ent_coef_tensor.item() != model.policy.ent_coef.item()
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: cloudpickle.loads(cloudpickle.dumps(model))])
+@pytest.mark.parametrize("ent_coef", ["auto_0.5", 0.5, lambda progress: 0.1 + 0.4 * progress])
+def test_copies_have_one_temperature_too(tmp_path, copy_of, ent_coef):
+    model = make(ent_coef=ent_coef).learn(20)
+    model.save(tmp_path / "model")
+    for other in (copy_of(model), DiscreteSoftQ.load(tmp_path / "model", env=model.get_env(), device="cpu")):
+        other.learn(20, reset_num_timesteps=False)
+        assert other.policy.ent_coef.item() == pytest.approx(other.ent_coef_tensor.item(), rel=1e-6)
+        assert (other.log_ent_coef is None) == (ent_coef != "auto_0.5")
+    assert model.policy.ent_coef.item() == pytest.approx(model.ent_coef_tensor.item(), rel=1e-6)
+
+
+def test_writing_to_the_policy_writes_to_the_agent():
+    model = make(ent_coef="auto_0.5")
+    model.policy.load_state_dict(make(ent_coef=0.2).policy.state_dict())
+    assert model.ent_coef_tensor.item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("key", ["use_sde"])
+def test_policy_kwargs_that_sac_has_had(key):
+    """SAC writes into the dict that it is given."""
+    policy_kwargs = dict(net_arch=[4])
+    SAC("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs)
+    assert policy_kwargs[key] is False
+    assert make(policy_kwargs=policy_kwargs).learn(10)._n_updates > 0
+    assert key in policy_kwargs
+    with pytest.raises(ValueError, match="key of policy_kwargs='use_sde' is not allowed"):
+        make(policy_kwargs={"use_sde": True})

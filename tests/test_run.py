@@ -11,15 +11,17 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnvBox, SimpleMultiObsEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage, is_vecenv_wrapped
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_softq import SoftQ
-from sb3_softq.policies import renormalised_forward
+from sb3_softq.policies import JointBatchNorm, renormalised_forward
 
 
 class RandomEnv(gym.Env):
@@ -174,9 +176,9 @@ def test_density_repulsion(smoothing, kernel, n_actor_particles):
     check_training(model)
 
 
-@pytest.mark.parametrize(("target_entropy", "sign"), [(np.log(2.0), 1), (-50.0, -1)])
+@pytest.mark.parametrize(("target_entropy", "sign"), [(np.log(2.0), 1), (-3.5, -1)])
 def test_temperature_follows_the_entropy(target_entropy, sign):
-    """Uniform actions in (-1, 1) have an entropy of log 2, and none that the sampler can express has -50."""
+    """Uniform actions in (-1, 1) have an entropy of log 2, and the narrowest particles one of -3.58."""
     model = make(target_entropy=target_entropy, ent_coef="auto_0.1", ent_coef_learning_rate=0.01)
     before = model.log_ent_coef.item()
     assert before == pytest.approx(np.log(0.1))
@@ -231,10 +233,10 @@ def test_actor_learning_rate_is_the_critics_by_default():
 
 def test_temperature_schedules():
     model = make(ent_coef=LinearSchedule(0.5, 0.1, 1.0), annealing=LinearSchedule(10.0, 1.0, 1.0))
-    assert model._ent_coef_tensor().item() == pytest.approx(0.5)
+    assert model.ent_coef_tensor.item() == pytest.approx(0.5)
     assert model._annealing() == pytest.approx(10.0)
     check_training(model)
-    assert model._ent_coef_tensor().item() == pytest.approx(0.1)
+    assert model.ent_coef_tensor.item() == pytest.approx(0.1)
     assert model._annealing() == pytest.approx(1.0)
 
 
@@ -266,7 +268,7 @@ def test_annealing_reaches_the_actor_only():
 def batch_normalised(net, x):
     """In training mode: by the statistics of x itself."""
     for layer in net:
-        if isinstance(layer, th.nn.BatchNorm1d):
+        if isinstance(layer, JointBatchNorm):
             x = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-3).sqrt() * layer.weight + layer.bias
         else:
             x = layer(x)
@@ -304,7 +306,7 @@ def test_critics_regress_on_the_discounted_soft_value(n_steps, tau, batch_norm):
         expected = sum(0.5 * (q[0] - target).square().mean() for q in q_values)
     model.policy.set_training_mode(True)
     th.manual_seed(1)
-    stats = model._update_critic(data, model._ent_coef_tensor())
+    stats = model._update_critic(data, model.ent_coef_tensor)
     th.testing.assert_close(stats["critic_loss"], expected)
 
 
@@ -319,14 +321,14 @@ def test_running_statistics_of_the_critics():
     th.manual_seed(1)
     u, _ = model._propose(data.next_observations, 3)
     th.manual_seed(1)
-    model._update_critic(data, model._ent_coef_tensor())
+    model._update_critic(data, model.ent_coef_tensor)
     obs = th.cat([data.observations, data.next_observations.repeat(3, 1)])
     pairs = th.cat([obs, th.cat([data.actions, *th.tanh(u).unbind(1)])], dim=1)
     th.testing.assert_close(norm.running_mean, 0.9 * before[0] + 0.1 * pairs.mean(dim=0))
     th.testing.assert_close(norm.running_var, 0.9 * before[1] + 0.1 * pairs.var(dim=0))
 
     statistics = [buffer.clone() for buffer in critic.buffers()]
-    model._update_actor(data.observations, model._ent_coef_tensor())
+    model._update_actor(data.observations, model.ent_coef_tensor)
     actions = th.rand(16, 5, 1) * 2 - 1
     q_values = [critic.q_values(critic.features(data.observations), actions)]
     model.policy.set_training_mode(False)
@@ -342,7 +344,7 @@ def test_running_statistics_of_the_critics():
 def renormalised(net, x, joint):
     """Batch renormalisation, Algorithm 1 of arXiv 1702.03275 without its bounds and with the statistics of the joint batch."""
     for layer in net:
-        if isinstance(layer, nn.BatchNorm1d):
+        if isinstance(layer, JointBatchNorm):
             own_mean, joint_mean = (z.mean(dim=0) for z in (x, joint))
             own_std, joint_std = ((z.var(dim=0, correction=0) + 1e-3).sqrt() for z in (x, joint))
             r, d = (own_std / joint_std).detach(), ((own_mean - joint_mean) / joint_std).detach()
@@ -425,8 +427,8 @@ def test_the_trained_actor_collects_and_the_average_is_asked():
     assert asked(model.sample_actions, obs, 2) == asked(model.entropy, obs) == asked(model.soft_value, obs) == learned
     assert asked(model.log_prob, obs, model.action_space.sample()) == learned
     batch = model.replay_buffer.sample(4)
-    assert asked(model._update_critic, batch, model._ent_coef_tensor()) == learned
-    assert asked(model._update_actor, batch.observations, model._ent_coef_tensor()) == {"actor"}
+    assert asked(model._update_critic, batch, model.ent_coef_tensor) == learned
+    assert asked(model._update_actor, batch.observations, model.ent_coef_tensor) == {"actor"}
     model.learning_starts = 1000
     assert asked(model.learn, 3) == set()
     model.learning_starts, model.gradient_steps = 0, 0
@@ -721,3 +723,73 @@ def test_logged_keys():
 def test_total_timesteps_may_be_a_float():
     model = make().learn(2e1)
     assert model.num_timesteps == 20
+
+
+# Of https://pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html: what raises there on CUDA
+NOT_DETERMINISTIC = {
+    "kthvalue",
+    "median.dim",
+    "cumsum",
+    "histc",
+    "bincount",
+    "put_",
+    "index_copy",
+    "_cdist_backward",
+    "adaptive_avg_pool2d_backward",
+    "grid_sampler_2d_backward",
+    "nll_loss2d",
+    "_embedding_bag",
+    "max_unpool2d",
+    "native_dropout_backward_nondeterministic",
+}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"repulsion": "kernel"}, {"kernel_update_ratio": 0.5, "kernel": "imq"}, {"policy_kwargs": {"smoothing": "local"}}],
+)
+def test_an_update_can_be_deterministic_on_cuda(kwargs):
+    """Nothing of what torch.use_deterministic_algorithms(True) refuses there is called."""
+    seen = set()
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    model = SoftQ("MlpPolicy", "Pendulum-v1", learning_starts=1000, batch_size=8, buffer_size=100, **kwargs).learn(20)
+    with Spy():
+        model.train(gradient_steps=2, batch_size=8)
+    assert {"topk.default", "_cdist_forward.default"} <= seen
+    assert not [name for name in seen if name.removesuffix(".default") in NOT_DETERMINISTIC]
+
+
+def test_annealing_of_a_training_in_many_calls():
+    """Nobody knows its length: a function of the updates alone, that the first call does not use up."""
+    model = make(ent_coef=0.1, learning_starts=0)
+    for n in range(1, 6):
+        model.learn(20, reset_num_timesteps=False)
+        assert model._n_updates == 20 * n
+        assert model._annealing() == pytest.approx(20 - 19 * model._n_updates / 10_000)
+    model._n_updates = 20_000
+    assert model._annealing() == 1.0
+
+
+@pytest.mark.parametrize("reset_num_timesteps", [True, False])
+def test_annealing_never_rises_again(tmp_path, reset_num_timesteps):
+    """The first call says how long training is: what comes after it does not begin anew."""
+    model, factors = make(ent_coef=0.1, learning_starts=0), []
+
+    class Record(BaseCallback):
+        def _on_step(self):
+            factors.append(self.model._annealing())
+            return True
+
+    model.learn(30, Record())
+    assert factors[0] > 19
+    assert factors[-1] == 1.0
+    model.save(tmp_path / "model")
+    model = SoftQ.load(tmp_path / "model", env=model.get_env(), device="cpu")
+    model.learn(30, Record(), reset_num_timesteps=reset_num_timesteps)
+    assert len(factors) == 60
+    assert sorted(factors, reverse=True) == factors

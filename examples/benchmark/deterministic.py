@@ -56,7 +56,7 @@ def best_by_q(model: SoftQ, obs: th.Tensor) -> th.Tensor:
 
 def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
     centres, _ = bank(model, obs)
-    weights = th.softmax(q_values(model, obs, centres) / model._ent_coef_tensor(), dim=1)
+    weights = th.softmax(q_values(model, obs, centres) / model.ent_coef_tensor, dim=1)
     return (weights.unsqueeze(2) * centres).sum(dim=1)
 
 

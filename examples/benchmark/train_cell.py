@@ -187,7 +187,7 @@ def entropy_bonus(model: OffPolicyAlgorithm, observations: np.ndarray) -> np.nda
     if isinstance(model, SoftQ):
         assert isinstance(model.action_space, gym.spaces.Box)
         log_scale = np.log((model.action_space.high - model.action_space.low) / 2.0).sum()
-        return model._ent_coef_tensor().numpy() * (model.entropy(observations, n_particles=N_PARTICLES) - log_scale)
+        return model.ent_coef_tensor.numpy() * (model.entropy(observations, n_particles=N_PARTICLES) - log_scale)
     if isinstance(model, (SAC, TQC)):
         observation_tensor, _ = model.policy.obs_to_tensor(observations)
         with th.no_grad():

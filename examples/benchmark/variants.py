@@ -13,7 +13,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_softq import SoftQ
 from sb3_softq.base import MaximumEntropyAlgorithm
-from sb3_softq.policies import ParticleCritic, SamplingActor, SoftQPolicy
+from sb3_softq.policies import ParticleCritic, SamplingActor
 from sb3_softq.soft_value import mixture_log_prob, tanh_log_det
 
 # Further particles of the next states in the density of those of the soft value, as many as the actor's update has by default
@@ -85,15 +85,15 @@ def one_critic_in_stein_step() -> None:
 
 def explore_with_centres() -> None:
     """Data are collected without the smoothing noise."""
-    predict = SoftQPolicy._predict
+    predict = SamplingActor._predict
 
-    def centres(self: SoftQPolicy, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        if not self.exploring:
+    def centres(self: SamplingActor, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        if self.frozen or deterministic:
             return predict(self, observation, deterministic)
-        mean, _ = self.actor.components(self.actor.features(observation), 1)
+        mean, _ = self.components(self.features(observation), 1)
         return th.tanh(mean.squeeze(1))
 
-    patch.object(SoftQPolicy, "_predict", centres).start()
+    patch.object(SamplingActor, "_predict", centres).start()
 
 
 def average_collects_half() -> None:
