@@ -27,6 +27,7 @@ from torch import nn
 from sb3_softq.checks import (
     MAX_ENT_COEF,
     MIN_ENT_COEF,
+    UnsupportedSpaceError,
     check_auto,
     check_class,
     check_device,
@@ -68,6 +69,8 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
 
     critic: nn.Module
     critic_target: nn.Module
+    # Whether the replay buffer ends with an episode of another run
+    _buffer_is_loaded = False
     # Arguments that are converted to float if they came as another kind of number
     floats: tuple[str, ...] = ("learning_rate", "ent_coef_learning_rate", "ent_coef", "target_entropy")
     # Attributes that are converted to int if they came as another kind of number, and their smallest values
@@ -227,7 +230,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             super()._setup_model()
         except (AssertionError, AttributeError, RuntimeError) as error:
             # of the networks, for instance a NatureCNN that is given no image
-            raise ValueError(
+            raise UnsupportedSpaceError(
                 f"policy={self.policy_class.__name__!r} with policy_kwargs={self.policy_kwargs!r} is not allowed: it must be "
                 f"one that can be built for observation_space={self.observation_space!r} ({type(error).__name__}: {error})"
             ) from error
@@ -308,9 +311,11 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        if self.replay_buffer is not None and (reset_num_timesteps or self._last_obs is None):
-            # SB3 resets the environment, whatever it was doing
+        resets = reset_num_timesteps or self._last_obs is None
+        if self.replay_buffer is not None and (resets or self._buffer_is_loaded):
+            # what comes next is another episode: SB3 resets the environment, or the buffer came from another run
             end_trajectory(self.replay_buffer)
+            self._buffer_is_loaded = False
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -323,13 +328,11 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         Load a replay buffer from a pickle file.
 
         :param path: Path to the pickled replay buffer.
-        :param truncate_last_traj: Whether the last episode in it ends there (by default), or is the one that training goes
-            on with
+        :param truncate_last_traj: Whether the last episode in it ends there, with HER at once and else when training goes on
+            (by default), or is the one that training goes on with
         """
-        super().load_replay_buffer(path, truncate_last_traj=False)
-        if truncate_last_traj:
-            assert self.replay_buffer is not None
-            end_trajectory(self.replay_buffer)
+        super().load_replay_buffer(path, truncate_last_traj)
+        self._buffer_is_loaded = truncate_last_traj
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         env = self._wrap_env(env, self.verbose)

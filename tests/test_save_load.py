@@ -243,7 +243,7 @@ def test_replay_buffer(tmp_path):
     model = make().learn(30)
     model.save_replay_buffer(tmp_path / "buffer")
     other = make()
-    other.load_replay_buffer(tmp_path / "buffer", truncate_last_traj=False)
+    other.load_replay_buffer(tmp_path / "buffer")
     for name in ("observations", "actions", "rewards", "dones", "timeouts"):
         np.testing.assert_array_equal(getattr(other.replay_buffer, name), getattr(model.replay_buffer, name))
     assert other.replay_buffer.size() == 30
