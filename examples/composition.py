@@ -16,7 +16,7 @@ from sb3_softq import SoftQ
 from sb3_softq.composition import compose
 from sb3_softq.envs import MultiGoalEnv
 from sb3_softq.envs.multi_goal import roll_out
-from sb3_softq.plots import draw_multi_goal, new_figure
+from sb3_softq.plots import new_figure
 
 OUT = Path(__file__).parent / "results" / "composition.png"
 RIGHT, UP, DOWN = (5.0, 0.0), (0.0, 5.0), (0.0, -5.0)
@@ -58,7 +58,7 @@ def main() -> None:
 def draw(env: MultiGoalEnv, paths: dict[str, list[np.ndarray]], out: Path) -> None:
     figure, axes = new_figure(12.0, 4.2, n_columns=3)
     for ax, (name, some) in zip(axes, paths.items(), strict=True):
-        draw_multi_goal(ax, env, some[:50], alpha=0.6)
+        env.draw(ax, some[:50], alpha=0.6)
         ax.set_title(name)
     figure.tight_layout()
     figure.savefig(out)

@@ -19,7 +19,7 @@ from sb3_softq import SoftQ
 from sb3_softq.callbacks import PlotCallback
 from sb3_softq.envs import MultiGoalEnv
 from sb3_softq.envs.multi_goal import roll_out
-from sb3_softq.plots import draw_multi_goal, new_figure, plot_level_curves
+from sb3_softq.plots import new_figure, plot_level_curves
 
 OUT = Path(__file__).parent / "results" / "multi_goal.png"
 ENV = "sb3_softq/MultiGoal-v0"
@@ -38,7 +38,7 @@ def draw_rollouts(model: BaseAlgorithm) -> Any:
     """Rollouts from the centre, as a figure."""
     figure, axes = new_figure(4.0, 4.0)
     env = MultiGoalEnv()
-    draw_multi_goal(axes, env, roll_out(model, env, 40)[0], alpha=0.6)
+    env.draw(axes, roll_out(model, env, 40)[0], alpha=0.6)
     axes.set_title(f"{model.num_timesteps} steps")
     return figure
 
@@ -87,7 +87,7 @@ def draw(softq: SoftQ, sac: SAC, out: Path) -> None:
         (axes[0, 1], "SAC: rollouts from the centre", sac, env),
         (axes[0, 2], "SoftQ: a wall that was not there in training", softq, behind_wall(goal_counts(softq, env))),
     ):
-        draw_multi_goal(ax, where, roll_out(model, where, 60)[0], alpha=0.6)
+        where.draw(ax, roll_out(model, where, 60)[0], alpha=0.6)
         ax.set_title(title, fontsize=10)
     for ax, state in zip(axes[1], STATES, strict=True):
         plot_level_curves(ax, softq, np.array(state, dtype=np.float32))

@@ -15,7 +15,8 @@ import numpy as np
 from sb3_softq import SoftQ
 from sb3_softq.composition import compose
 from sb3_softq.envs.pusher import Pusher2DEnv
-from sb3_softq.plots import draw_pusher, new_figure
+from sb3_softq.plots import new_figure
+from sb3_softq.rollouts import roll_out
 
 OUT = Path(__file__).parent / "results" / "pusher.png"
 SETTINGS: dict[str, Any] = dict(
@@ -40,18 +41,13 @@ def train(steps: int, goal: tuple[float | None, float | None], settings: dict[st
     return SoftQ("MlpPolicy", env, **settings).learn(steps)
 
 
-def roll_out(agent: SoftQ, seed: int) -> Episode:
+def play(agent: SoftQ) -> list[Episode]:
     """
-    :return: Positions of the puck, shape (LENGTH + 1, 2), and of the arm, shape (LENGTH + 1, 4, 2)
+    :return: Of each episode the positions of the puck, shape (LENGTH + 1, 2), and of the arm, shape (LENGTH + 1, 4, 2)
     """
-    env = Pusher2DEnv(*GOALS["both"])
-    obs, _ = env.reset(seed=seed)
-    pucks, arms = [env.puck], [env.arm()]
-    for _ in range(LENGTH):
-        obs = env.step(agent.predict(obs, deterministic=True)[0])[0]
-        pucks.append(env.puck)
-        arms.append(env.arm())
-    return np.stack(pucks), np.stack(arms)
+    envs = [Pusher2DEnv(*GOALS["both"]) for _ in range(EPISODES)]
+    episodes = roll_out(agent, envs, deterministic=True, seed=1000, max_steps=LENGTH, record=lambda env: (env.puck, env.arm()))
+    return [(np.stack(pucks), np.stack(arms)) for pucks, arms in (zip(*e.records, strict=True) for e in episodes)]
 
 
 def main() -> None:
@@ -74,7 +70,7 @@ def main() -> None:
                 "composed": compose([x, y], gradient_steps=max(args.steps * 2 // 5, 1), ent_coef=COLDER, compile=args.compile),
                 "from scratch": scratch,
             }
-            episodes = {name: [roll_out(agent, 1000 + i) for i in range(EPISODES)] for name, agent in agents.items()}
+            episodes = {name: play(agent) for name, agent in agents.items()}
             for name in agents:
                 values = final_distances(episodes[name])
                 print(
@@ -101,7 +97,7 @@ def draw(episodes: dict[str, list[Episode]], out: Path) -> None:
         ends = np.stack([pucks[-1] for pucks, _ in of_agent])
         ax.plot(*ends.T, "k.", markersize=3, zorder=5, label=f"end of {EPISODES} episodes")
         ax.legend(loc="upper left", fontsize=8)
-        draw_pusher(ax, Pusher2DEnv(*GOALS.get(name, GOALS["both"])), *of_agent[0])
+        Pusher2DEnv(*GOALS.get(name, GOALS["both"])).draw(ax, *of_agent[0])
         ax.set_title(f"{name}: {final_distances(of_agent).mean():.2f} m from (-1, -1)")
     figure.tight_layout()
     figure.savefig(out)

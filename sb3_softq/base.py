@@ -45,7 +45,7 @@ from sb3_softq.checks import (
     check_vec_normalize,
     number_from_string,
 )
-from sb3_softq.policies import polyak_update
+from sb3_softq.networks import polyak_update
 from sb3_softq.replay import end_trajectory
 
 # Least learning rate of the log of the temperature where none is given
@@ -69,6 +69,7 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
 
     critic: nn.Module
     critic_target: nn.Module
+    policy_delay = 1
     # Whether the replay buffer ends with an episode of another run
     _buffer_is_loaded = False
     # Arguments that are converted to float if they came as another kind of number
@@ -148,14 +149,24 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
         """Set ``critic`` and ``critic_target``."""
 
     @abstractmethod
-    def _update_networks(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+    def update_critic(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """
-        One step of critics and actor.
+        One step of the critics.
 
         :param replay_data: Minibatch
         :param ent_coef: Temperature, shape (1,)
-        :return: Scalars for the log; with ``"entropy"`` among them the temperature makes a step too
+        :return: Scalars for the log; with the ``"entropy"`` of the policy among them the temperature makes a step too
         """
+
+    def update_actor(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+        """
+        One step of the actor, if there is one, after every ``policy_delay`` steps of the critics.
+
+        :param replay_data: Minibatch
+        :param ent_coef: Temperature, shape (1,)
+        :return: As that of :meth:`update_critic`
+        """
+        return {}
 
     # ------------------------------------------------------------------ construction
 
@@ -269,7 +280,9 @@ class MaximumEntropyAlgorithm(OffPolicyAlgorithm):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
             ent_coef = self.ent_coef_tensor
             self._n_updates += 1
-            step_stats = self._update_networks(replay_data, ent_coef)
+            step_stats = self.update_critic(replay_data, ent_coef)
+            if self._n_updates % self.policy_delay == 0:
+                step_stats |= self.update_actor(replay_data, ent_coef)
             if self.ent_coef_optimizer is not None and "entropy" in step_stats:
                 step_stats |= self._update_ent_coef(step_stats["entropy"])
             step_stats["ent_coef"] = ent_coef

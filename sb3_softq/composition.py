@@ -16,7 +16,9 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import nn
 
 from sb3_softq.checks import check_integer, check_number
-from sb3_softq.policies import Freezable, ParticleCritic, SoftQPolicy
+from sb3_softq.critic import ParticleCritic
+from sb3_softq.networks import Freezable
+from sb3_softq.policies import SoftQPolicy
 from sb3_softq.softq import SoftQ
 
 
@@ -99,8 +101,9 @@ class ComposedSoftQ(SoftQ):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": ComposedPolicy}
 
-    def _update_networks(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
-        return self._update_actor(replay_data.observations, ent_coef)
+    def update_critic(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+        """They are given."""
+        return {}
 
     def _update_target(self) -> None:
         """There is nothing to follow."""
@@ -185,12 +188,7 @@ _ACTOR_ARGUMENTS = (
 _SHARED_SETTINGS = (
     "actor_tau",
     "n_actor_particles",
-    "n_actor_states",
-    "n_density_particles",
-    "kernel",
-    "bandwidth",
-    "repulsion",
-    "kernel_update_ratio",
+    "particle_options",
     "batch_size",
     "learning_rate",
     "actor_learning_rate",

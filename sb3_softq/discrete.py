@@ -239,7 +239,7 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         # it may be a schedule
         self._share_ent_coef()
 
-    def _update_networks(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+    def update_critic(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the critic towards r + gamma V(s')."""
         discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
         with th.no_grad():

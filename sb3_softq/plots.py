@@ -1,4 +1,4 @@
-"""Pictures of what an agent does: rollouts in the plane, and level curves of Q with the policy's samples."""
+"""Pictures of any agent: figures that need no screen, level curves of Q with the policy's samples."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,17 +7,12 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_softq.checks import check_type
-from sb3_softq.envs.multi_goal import SIZE, MultiGoalEnv
-from sb3_softq.softq import SoftQ
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sb3_softq.envs.pusher import Pusher2DEnv
-
-# Of goals and their rollouts
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
+    from sb3_softq.softq import SoftQ
 
 
 def new_figure(width: float, height: float, n_columns: int = 1, n_rows: int = 1) -> tuple["Figure", Any]:
@@ -50,35 +45,8 @@ def figure_to_array(figure: "Figure") -> np.ndarray:
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
 
 
-def draw_multi_goal(axes: "Axes", env: MultiGoalEnv, paths: Sequence[np.ndarray] = (), alpha: float = 1.0) -> None:
-    """
-    Rollouts over the contours of the reward, each in the colour of the goal that it ends at.
-
-    :param axes: Where to draw
-    :param env: Has goals and obstacles
-    :param paths: Positions, shape (n_steps, 2) each
-    :param alpha: Opacity of a path
-    """
-    from matplotlib.patches import Circle, Rectangle
-
-    grid = np.linspace(-SIZE, SIZE, 101)
-    x, y = np.meshgrid(grid, grid)
-    distances = np.linalg.norm(np.stack([x, y], axis=-1)[:, :, None] - env.goals, axis=-1).min(axis=-1)
-    axes.contour(x, y, -(distances**2), levels=14, cmap="Greys_r", linewidths=0.5, alpha=0.6)
-    for x_min, y_min, x_max, y_max in env.obstacles:
-        axes.add_patch(Rectangle((x_min, y_min), x_max - x_min, y_max - y_min, color="0.3", zorder=2))
-    for goal, colour in zip(env.goals, COLOURS * len(env.goals), strict=False):
-        axes.add_patch(Circle((goal[0], goal[1]), 1.0, facecolor=colour, alpha=0.25, zorder=1))
-    for path in paths:
-        to_goals = np.linalg.norm(env.goals - path[-1], axis=1)
-        colour = COLOURS[int(to_goals.argmin()) % len(COLOURS)] if to_goals.min() < 1.0 else "0.4"
-        axes.plot(path[:, 0], path[:, 1], color=colour, alpha=alpha, linewidth=1.0)
-        axes.plot(*path[-1], "o", color=colour, alpha=alpha, markersize=3)
-    axes.set(xlim=(-SIZE, SIZE), ylim=(-SIZE, SIZE), aspect="equal")
-
-
 def plot_level_curves(
-    axes: "Axes", model: SoftQ, obs: np.ndarray, dims: tuple[int, int] | None = None, n_samples: int = 200, n_grid: int = 60
+    axes: "Axes", model: "SoftQ", obs: np.ndarray, dims: tuple[int, int] | None = None, n_samples: int = 200, n_grid: int = 60
 ) -> None:
     """
     Level curves of Q(s, .) with the policy's samples at one state, as in figure 2 of https://arxiv.org/abs/1702.08165.
@@ -111,26 +79,11 @@ def plot_level_curves(
     axes.set(xlim=(low[first], high[first]), ylim=(low[second], high[second]))
 
 
-def draw_pusher(axes: "Axes", env: "Pusher2DEnv", pucks: np.ndarray, arms: np.ndarray) -> None:
-    """
-    The way of the puck, seen from above, with the arm at the beginning (grey) and at the end, and the goal: a point, or the
-    line of all points that have the coordinate that is given.
+def draw_multi_goal(axes: "Axes", env: Any, paths: Sequence[np.ndarray] = (), alpha: float = 1.0) -> None:
+    """``env.draw(axes, paths, alpha)``, by its name in release 0.1.0; see :meth:`sb3_softq.envs.MultiGoalEnv.draw`."""
+    env.draw(axes, paths, alpha)
 
-    :param axes: Where to draw
-    :param env: Has the goal
-    :param pucks: Positions of the puck, shape (n_steps, 2)
-    :param arms: Positions of the joints and the fingertip, shape (n_steps, 4, 2)
-    """
-    from matplotlib.patches import Circle
 
-    if env.goal_x is not None and env.goal_y is not None:
-        axes.plot(env.goal_x, env.goal_y, "*", color="tab:green", markeredgecolor="white", markersize=16, zorder=6)
-    elif env.goal_x is not None:
-        axes.axvline(env.goal_x, color="tab:green", linestyle="--", zorder=1)
-    elif env.goal_y is not None:
-        axes.axhline(env.goal_y, color="tab:green", linestyle="--", zorder=1)
-    for i, colour, alpha in ((0, "0.6", 0.5), (-1, "tab:blue", 0.8)):
-        axes.plot(*arms[i].T, "o-", color=colour, alpha=alpha, linewidth=4, markersize=5, solid_capstyle="round", zorder=2)
-        axes.add_patch(Circle((pucks[i][0], pucks[i][1]), 0.12, color="tab:red", alpha=alpha, zorder=3))
-    axes.plot(*pucks.T, color="tab:red", linewidth=1.5, zorder=4)
-    axes.set(xlim=(-1.7, 0.9), ylim=(-1.7, 0.9), aspect="equal")
+def draw_pusher(axes: "Axes", env: Any, pucks: np.ndarray, arms: np.ndarray) -> None:
+    """``env.draw(axes, pucks, arms)``, by its name in release 0.1.0; see :meth:`sb3_softq.envs.pusher.Pusher2DEnv.draw`."""
+    env.draw(axes, pucks, arms)

@@ -34,12 +34,28 @@ def uniform_log_prob(action_dim: int) -> float:
     return -action_dim * math.log(2.0)
 
 
+def uniform_proposal(n_states: int, n_particles: int, action_dim: int, device: th.device) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Uniform actions in the box, the proposal of the paper.
+
+    :param n_states: Number of states
+    :param n_particles: Number of particles per state
+    :param action_dim: Dimension d of the action space
+    :param device: Where to draw
+    :return: Pre-tanh actions, shape (n_states, n_particles, action_dim), and their log-density over the normalised box, shape
+        (n_states, n_particles)
+    """
+    uniform = th.rand(n_states, n_particles, action_dim, device=device)
+    u = th.atanh((2 * uniform - 1).clamp(-1 + 1e-6, 1 - 1e-6))
+    return u, th.full_like(u[..., 0], uniform_log_prob(action_dim))
+
+
 def mixture_log_prob(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> th.Tensor:
     """
     Log-density of the sampler given K of its particles, q(u|s) = 1/K sum_k N(u; mean_k, diag(std_k^2)).
 
     :param u: Where to evaluate, shape (batch_size, n, action_dim)
-    :param mean: Centres of the K components, shape (batch_size, K, action_dim)
+    :param mean: Means of the K components, shape (batch_size, K, action_dim)
     :param log_std: Log standard deviations, same shape as ``mean``
     :return: log q(u|s), shape (batch_size, n)
     """
@@ -52,7 +68,7 @@ def mixture_log_prob_and_score(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor
     responsibilities r_k of the components.
 
     :param u: Where to evaluate, shape (batch_size, n, action_dim)
-    :param mean: Centres of the K components, shape (batch_size, K, action_dim)
+    :param mean: Means of the K components, shape (batch_size, K, action_dim)
     :param log_std: Log standard deviations, same shape as ``mean``
     :return: log q(u|s), shape (batch_size, n), and its gradient, same shape as ``u``
     """
@@ -81,7 +97,7 @@ def mixture_mode(start: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_steps:
     with the responsibilities r_k of the components at u. Leaves the valley between two modes for one of them.
 
     :param start: Where to start, shape (batch_size, action_dim)
-    :param mean: Centres, shape (batch_size, K, action_dim)
+    :param mean: Component means, shape (batch_size, K, action_dim)
     :param log_std: Log standard deviations, same shape as ``mean``
     :param n_steps: Number of steps
     :return: Shape (batch_size, action_dim)
@@ -100,7 +116,7 @@ def local_log_std(mean: th.Tensor, scale: float = 0.7, std_min: float = LOCAL_ST
     Bandwidths for particles that come without one: std_k = ``scale`` times the distance to the nearest other
     particle over sqrt(d). Local, because one bandwidth for all would fill the valley between two modes.
 
-    :param mean: Centres, shape (batch_size, K, action_dim)
+    :param mean: Component means, shape (batch_size, K, action_dim)
     :param scale: Factor of the distance, > 0
     :param std_min: Smallest standard deviation
     :param std_max: Largest standard deviation, also what a lone particle gets

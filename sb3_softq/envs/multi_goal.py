@@ -2,20 +2,27 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_softq import rollouts
 from sb3_softq.checks import check_choice, check_number
+from sb3_softq.plots import figure_to_array, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GOALS = ((5.0, 0.0), (-5.0, 0.0), (0.0, 5.0), (0.0, -5.0))
 # Half the width of the plane
 SIZE = 7.0
 GOAL_RADIUS = 1.0
 ACTION_COST = 30.0
+# Of goals and the paths to them
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
 
 
 class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
@@ -96,13 +103,36 @@ class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
         """
         if self.render_mode is None:
             return None
-        from sb3_softq.plots import draw_multi_goal, figure_to_array, new_figure
-
         figure, axes = new_figure(4.0, 4.0)
         axes.set_position((0.0, 0.0, 1.0, 1.0))
         axes.set_axis_off()
-        draw_multi_goal(axes, self, [np.array(self.path)])
+        self.draw(axes, [np.array(self.path)])
         return figure_to_array(figure)
+
+    def draw(self, axes: "Axes", paths: Sequence[np.ndarray] = (), alpha: float = 1.0) -> None:
+        """
+        Rollouts over the contours of the reward, each in the colour of the goal that it ends at.
+
+        :param axes: Where to draw
+        :param paths: Positions, shape (n_steps, 2) each
+        :param alpha: Opacity of a path
+        """
+        from matplotlib.patches import Circle, Rectangle
+
+        grid = np.linspace(-SIZE, SIZE, 101)
+        x, y = np.meshgrid(grid, grid)
+        distances = np.linalg.norm(np.stack([x, y], axis=-1)[:, :, None] - self.goals, axis=-1).min(axis=-1)
+        axes.contour(x, y, -(distances**2), levels=14, cmap="Greys_r", linewidths=0.5, alpha=0.6)
+        for x_min, y_min, x_max, y_max in self.obstacles:
+            axes.add_patch(Rectangle((x_min, y_min), x_max - x_min, y_max - y_min, color="0.3", zorder=2))
+        for goal, colour in zip(self.goals, COLOURS * len(self.goals), strict=False):
+            axes.add_patch(Circle((goal[0], goal[1]), 1.0, facecolor=colour, alpha=0.25, zorder=1))
+        for path in paths:
+            to_goals = np.linalg.norm(self.goals - path[-1], axis=1)
+            colour = COLOURS[int(to_goals.argmin()) % len(COLOURS)] if to_goals.min() < 1.0 else "0.4"
+            axes.plot(path[:, 0], path[:, 1], color=colour, alpha=alpha, linewidth=1.0)
+            axes.plot(*path[-1], "o", color=colour, alpha=alpha, markersize=3)
+        axes.set(xlim=(-SIZE, SIZE), ylim=(-SIZE, SIZE), aspect="equal")
 
 
 def _numbers(name: str, values: Sequence[Sequence[float]], n: int) -> np.ndarray:
@@ -131,15 +161,5 @@ def roll_out(
     :return: Positions of each, and the goal each one reached, -1 for none, shape (n_rollouts,)
     """
     envs = [copy.copy(env) for _ in range(n_rollouts)]
-    obs = np.stack([e.reset(seed=seed + i)[0] for i, e in enumerate(envs)])
-    reached = np.full(n_rollouts, -1)
-    running = np.arange(n_rollouts)
-    for _ in range(n_steps):
-        actions = model.predict(obs[running], deterministic=deterministic)[0]
-        for i, action in zip(running, actions, strict=True):
-            obs[i], _, _, _, info = envs[i].step(action)
-            reached[i] = info["goal"]
-        running = running[reached[running] < 0]
-        if len(running) == 0:
-            break
-    return [np.array(e.path) for e in envs], reached
+    episodes = rollouts.roll_out(model, envs, deterministic, seed, n_steps)
+    return [np.array(e.path) for e in envs], np.array([episode.info["goal"] for episode in episodes])

@@ -1,7 +1,7 @@
 """Pusher2D: a three-joint arm slides a puck over a table."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mujoco
 import numpy as np
@@ -10,6 +10,9 @@ from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
 from sb3_softq.checks import check_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TABLE = 1.5
 PUCK_START = np.array([-0.55, -0.55])
@@ -102,3 +105,26 @@ class Pusher2DEnv(MujocoEnv):
     def _observation(self) -> NDArray[np.float64]:
         angles, velocities = self.data.qpos[:3], self.data.qvel
         return np.concatenate([np.cos(angles), np.sin(angles), velocities[:3], self.fingertip, self.puck, velocities[3:]])
+
+    def draw(self, axes: "Axes", pucks: NDArray[np.float64], arms: NDArray[np.float64]) -> None:
+        """
+        The path of the puck, seen from above, with the arm at the beginning (grey) and at the end, and the goal: a point, or
+        the line of all points that have the coordinate that is given.
+
+        :param axes: Where to draw
+        :param pucks: Positions of the puck, shape (n_steps, 2)
+        :param arms: Positions of the joints and the fingertip, shape (n_steps, 4, 2)
+        """
+        from matplotlib.patches import Circle
+
+        if self.goal_x is not None and self.goal_y is not None:
+            axes.plot(self.goal_x, self.goal_y, "*", color="tab:green", markeredgecolor="white", markersize=16, zorder=6)
+        elif self.goal_x is not None:
+            axes.axvline(self.goal_x, color="tab:green", linestyle="--", zorder=1)
+        elif self.goal_y is not None:
+            axes.axhline(self.goal_y, color="tab:green", linestyle="--", zorder=1)
+        for i, colour, alpha in ((0, "0.6", 0.5), (-1, "tab:blue", 0.8)):
+            axes.plot(*arms[i].T, "o-", color=colour, alpha=alpha, linewidth=4, markersize=5, solid_capstyle="round", zorder=2)
+            axes.add_patch(Circle((pucks[i][0], pucks[i][1]), 0.12, color="tab:red", alpha=alpha, zorder=3))
+        axes.plot(*pucks.T, color="tab:red", linewidth=1.5, zorder=4)
+        axes.set(xlim=(-1.7, 0.9), ylim=(-1.7, 0.9), aspect="equal")

@@ -1,0 +1,245 @@
+"""The sampling actor: a network from observation and noise to actions, whose samples have a density."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import get_device
+from torch import nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from sb3_softq.networks import Freezable, particle_forward
+from sb3_softq.soft_value import LOCAL_STD_MIN, local_log_std, mixture_log_prob, mixture_mode, tanh_log_det
+
+Smoothing = Literal["learned", "local", "none"]
+SMOOTHINGS: tuple[Smoothing, ...] = ("learned", "local", "none")
+
+# Bounds of the learned smoothing, in units of the pre-tanh action
+LOG_STD_MIN = -5.0
+LOG_STD_MAX = 1.0
+HEAD_ARCH = (64, 64)
+# Fixed particles of the deterministic action
+N_FIXED_PARTICLES = 32
+# Particles that smoothing="local" draws to smooth one action
+N_NEIGHBOURS = 8
+
+
+class SamplingActor(Freezable, BasePolicy):
+    """
+    Sampler u = c + sigma * eps with c = xi + shift(s, xi), sigma = sigma(s, xi) and noise xi, eps ~ N(0, I_d); a = tanh(u).
+
+    xi chooses where to act (several modes if need be), eps smooths each choice. Because the last step is Gaussian,
+    K draws of xi give a density that can be evaluated, see :func:`sb3_softq.soft_value.mixture_log_prob`.
+    Its initialisation is wide (``shift`` is small at first), so that the modes to be covered are there to be found.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Network architecture
+    :param features_extractor: Network to extract features
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param smoothing: Where sigma comes from: ``"learned"`` by the network, ``"local"`` from the distance to the nearest
+        other particle, or ``"none"``: actions are the raw particles c (then ``"local"`` is used where a density is asked for)
+    :param log_std_init: Initial log standard deviation of the learned smoothing
+    :param head_arch: Hidden layers that xi passes through, after those of ``net_arch``, which see the state alone: many
+        particles of a state cost little more than one
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
+    """
+
+    action_space: spaces.Box
+    xi_bank: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        smoothing: Smoothing = "learned",
+        log_std_init: float = -1.2,
+        head_arch: Sequence[int] = HEAD_ARCH,
+        normalize_images: bool = True,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
+        self.smoothing = smoothing
+        self.log_std_init = log_std_init
+        self.head_arch = list(head_arch)
+
+        self.action_dim = get_action_dim(action_space)
+        n_outputs = 2 if smoothing == "learned" else 1
+        self.trunk = nn.Sequential(*create_mlp(features_dim, -1, net_arch, activation_fn))
+        trunk_dim = net_arch[-1] if net_arch else features_dim
+        self.head = nn.Sequential(
+            *create_mlp(trunk_dim + self.action_dim, n_outputs * self.action_dim, self.head_arch, activation_fn)
+        )
+        if self.head_arch:
+            # The noise as strong as it would be alone, and its kinks spread over its range
+            first, bound = self.head[0], 1.0 / math.sqrt(self.action_dim)
+            assert isinstance(first, nn.Linear)
+            with th.no_grad():
+                first.weight[:, -self.action_dim :].uniform_(-bound, bound)
+                first.bias.uniform_(-bound, bound)
+        # A constant, not a weight: the deterministic action is a function of observation and weights alone
+        sobol = th.quasirandom.SobolEngine(self.action_dim, scramble=True, seed=0).draw(N_FIXED_PARTICLES)
+        xi_bank = th.special.ndtri(sobol.clamp(1e-4, 1 - 1e-4))
+        # where the deterministic action starts
+        xi_bank[0] = 0.0
+        self.register_buffer("xi_bank", xi_bank, persistent=False)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                net_arch=self.net_arch,
+                features_dim=self.features_dim,
+                activation_fn=self.activation_fn,
+                smoothing=self.smoothing,
+                log_std_init=self.log_std_init,
+                head_arch=self.head_arch,
+                features_extractor=self.features_extractor,
+            )
+        )
+        return data
+
+    @classmethod
+    def load(cls, path: str, device: th.device | str = "auto") -> Self:
+        saved = th.load(path, map_location=get_device(device), weights_only=False)
+        # release 0.1.0 saved two constants
+        data = {name: value for name, value in saved["data"].items() if name not in ("n_bank", "n_neighbours")}
+        actor = cls(**data)
+        actor.load_state_dict(saved["state_dict"])
+        return actor.to(get_device(device))
+
+    def features(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        What is computed once per state, however many particles follow.
+
+        :param obs: Observations
+        :return: Shape (batch_size, width of the trunk)
+        """
+        return self.trunk(self.extract_features(obs, self.features_extractor))
+
+    def particles(self, features: th.Tensor, xi: th.Tensor, n_constant: int = 0) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Components of the policy's density: one Gaussian over the pre-tanh action per noise vector.
+
+        :param features: Of the states, see :meth:`features`
+        :param xi: Noise, shape (batch_size, n_particles, action_dim)
+        :param n_constant: The first ``n_constant`` particles come without gradient, which saves their backward pass
+        :return: Component means and log standard deviations, shapes (batch_size, n_particles, action_dim)
+        """
+        output = particle_forward(self.head, features, xi[:, n_constant:])
+        if n_constant > 0:
+            with th.no_grad():
+                constant = particle_forward(self.head, features, xi[:, :n_constant])
+            output = th.cat([constant, output], dim=1)
+        if self.smoothing != "learned":
+            mean = xi + output
+            return mean, local_log_std(mean.detach())
+        shift, log_std = output.chunk(2, dim=2)
+        # softplus: smooth at the lower bound, so that a narrow component can widen again
+        log_std = LOG_STD_MIN + F.softplus(log_std + (self.log_std_init - LOG_STD_MIN))
+        return xi + shift, log_std.clamp(max=LOG_STD_MAX)
+
+    def noise(self, batch_size: int, n_particles: int) -> th.Tensor:
+        """
+        :param batch_size: Number of states
+        :param n_particles: Number of particles per state
+        :return: Standard normal noise, shape (batch_size, n_particles, action_dim)
+        """
+        return th.randn(batch_size, n_particles, self.action_dim, device=self.device)
+
+    def components(self, features: th.Tensor, n_components: int) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Independent draws of a component of the policy's density, as :meth:`sample` uses them.
+
+        :param features: Of the states, see :meth:`features`
+        :param n_components: Number of components per state
+        :return: Component means and log standard deviations, shapes (batch_size, n_components, action_dim)
+        """
+        if self.smoothing != "local":
+            return self.particles(features, self.noise(len(features), n_components))
+        # Bandwidths depend on the neighbours: a fresh handful for each component, of which the first is used
+        features = features.repeat_interleave(n_components, dim=0)
+        mean, log_std = self.particles(features, self.noise(len(features), N_NEIGHBOURS))
+        shape = (-1, n_components, self.action_dim)
+        return mean[:, 0].reshape(shape), log_std[:, 0].reshape(shape)
+
+    @th.no_grad()
+    def propose(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Particles of the soft value, stratified: one from each of ``n_particles`` components, with the density of all of them.
+
+        :param obs: Observations
+        :param n_particles: Number of particles per observation
+        :return: Pre-tanh actions, shape (batch_size, n_particles, action_dim), and their log-density over the normalised box,
+            shape (batch_size, n_particles)
+        """
+        features = self.features(obs)
+        mean, log_std = self.particles(features, self.noise(len(features), n_particles))
+        u = mean + th.exp(log_std) * th.randn_like(mean)
+        return u, mixture_log_prob(u, mean, log_std) - tanh_log_det(u)
+
+    def sample(self, obs: PyTorchObs, n_actions: int = 1) -> th.Tensor:
+        """
+        Independent draws from the policy.
+
+        :param obs: Observations
+        :param n_actions: Number of actions per observation
+        :return: Pre-tanh actions, shape (batch_size, n_actions, action_dim)
+        """
+        features = self.features(obs)
+        mean, log_std = self.components(features, n_actions)
+        if self.smoothing == "none":
+            return mean
+        return mean + th.exp(log_std) * th.randn_like(mean)
+
+    def mode(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Deterministic action: the particle of no noise, moved by one step of mean-shift over a fixed bank of particles.
+        Close to the mean where there is one mode, and to one of the modes where there are several. Among the candidates
+        of ``examples/benchmark/deterministic.py`` it was nowhere far from the best.
+
+        :param obs: Observations
+        :return: Pre-tanh actions, shape (batch_size, action_dim)
+        """
+        features = self.features(obs)
+        mean, log_std = self.particles(features, self.xi_bank.expand(features.shape[0], -1, -1))
+        return mixture_mode(mean[:, 0], mean, log_std)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        u = self.mode(obs) if deterministic else self.sample(obs).squeeze(1)
+        return th.tanh(u)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self(observation, deterministic)
+
+
+def entropy_bounds(action_dim: int, smoothing: Smoothing) -> tuple[float, float]:
+    """
+    :param action_dim: Dimension d of the action space
+    :param smoothing: As in :class:`SamplingActor`
+    :return: Entropies in nats over the normalised box, of the narrowest component in the middle of it (rounded up to what a
+        message can name) and of uniform actions, d log 2
+    """
+    log_std = LOG_STD_MIN if smoothing == "learned" else math.log(LOCAL_STD_MIN)
+    least = action_dim * (0.5 * math.log(2.0 * math.pi * math.e) + log_std)
+    return math.ceil(1e3 * least) / 1e3, action_dim * math.log(2.0)

@@ -1,0 +1,54 @@
+"""One step of an optimizer down a loss, compiled or not."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch as th
+
+# A loss, whose gradient is the update, and scalars for the log
+LossAndStats = tuple[th.Tensor, dict[str, th.Tensor]]
+
+
+def minimize(
+    loss: Callable[..., LossAndStats],
+    args: tuple[Any, ...],
+    optimizer: th.optim.Optimizer,
+    device: th.device,
+    bfloat16: bool,
+    compile: bool,
+) -> dict[str, th.Tensor]:
+    """
+    :param loss: Returns the loss and scalars for the log
+    :param args: Of the loss
+    :param optimizer: Of the parameters that move
+    :param device: Where they are
+    :param bfloat16: Whether matrix products are done in bfloat16
+    :param compile: Whether loss and backward pass are compiled, in one graph: compiled apart they are no faster than they were
+    :return: Scalars for the log
+    """
+    optimizer.zero_grad()
+    # One context of autocast per step: within one, it caches the weights' casts
+    with th.autocast(device.type, dtype=th.bfloat16, enabled=bfloat16):
+        if compile:
+            # A graph for each setting of an agent in this process: past the limit, 8 by default, functions run uncompiled
+            with th._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
+                stats = _compiled(loss)(*args)
+        else:
+            stats = _backward(loss, *args)
+    optimizer.step()
+    return stats
+
+
+def _backward(loss: Callable[..., LossAndStats], *args: Any) -> dict[str, th.Tensor]:
+    value, stats = loss(*args)
+    value.backward()
+    return stats
+
+
+# The function, not an agent's method, is what is compiled: nothing to save or copy with the agent, and agents of one shape
+# share it
+@cache
+def _compiled(loss: Callable[..., LossAndStats]) -> Callable[..., dict[str, th.Tensor]]:
+    # the random numbers of the uncompiled function, not of Inductor
+    return th.compile(lambda *args: _backward(loss, *args), options={"fallback_random": True})

@@ -1,0 +1,122 @@
+"""Options of the particles that soft Q-learning of 2017 and ablations need, and that recipe as a whole."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from stable_baselines3.common.type_aliases import Schedule
+
+from sb3_softq.checks import MAX_ENT_COEF, check_choice, check_integer, check_number, check_schedule
+from sb3_softq.stein import KernelName
+
+ProposalName = Literal["policy", "uniform"]
+RepulsionName = Literal["density", "kernel"]
+
+
+@dataclass(frozen=True)
+class ParticleOptions:
+    """
+    How the particles of the soft value and of the Stein step are drawn, kept apart and annealed.
+
+    :param n_actor_states: Number of states of the minibatch in an actor update, at most ``batch_size``
+    :param n_density_particles: Number of further particles per state that only help to evaluate the density of those that
+        move
+    :param proposal: Where the particles of the soft value come from: the ``"policy"``, or ``"uniform"`` over the action box
+    :param kernel: Kernel of the Stein step: ``"rbf"`` with the median heuristic, or ``"delta"``, its limit of bandwidth 0
+    :param repulsion: What keeps the particles apart: the ``"density"`` of the sampling actor, or the gradient of the
+        ``"kernel"`` as in the paper (see :func:`sb3_softq.stein.stein_direction`)
+    :param kernel_update_ratio: In (0, 1): splits the actor's particles into a fixed part, where the critic's gradient is
+        evaluated, and an updated part of this share, which moves (0.5 in 2017). By default every particle is both.
+    :param annealing: Factor of the temperature in the actor's step (the critic's target keeps ``ent_coef``): a float >= 1
+        or a function of the progress remaining. ``"auto"`` is 1 when the temperature is learned, since that anneals by
+        itself, and when it is not falls from 20 to 1 over two thirds of training, or over 10,000 updates if they are fewer. It
+        never rises again. Of a training in many calls ``learn(..., reset_num_timesteps=False)``, from the first one on, nobody
+        knows the length: there it is 10,000 updates.
+    :raises ValueError: if a value is out of its range
+    """
+
+    n_actor_states: int = 32
+    n_density_particles: int = 12
+    proposal: ProposalName = "policy"
+    kernel: KernelName = "rbf"
+    repulsion: RepulsionName = "density"
+    kernel_update_ratio: float | None = None
+    annealing: str | float | Schedule = "auto"
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("n_actor_states", 1), ("n_density_particles", 0)):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), minimum))
+        check_choice("proposal", self.proposal, get_args(ProposalName))
+        check_choice("kernel", self.kernel, get_args(KernelName))
+        check_choice("repulsion", self.repulsion, get_args(RepulsionName))
+        if isinstance(self.annealing, str):
+            check_choice("annealing", self.annealing, ("auto",))
+        else:
+            # the temperature times it is divided by too
+            check_schedule("annealing", self.annealing, 1.0, open_low=False, high=MAX_ENT_COEF)
+        if self.kernel_update_ratio is not None:
+            check_number("kernel_update_ratio", self.kernel_update_ratio, 0.0, 1.0, open_low=True)
+            if self.kernel_update_ratio == 1.0 or self.kernel == "delta":
+                raise ValueError(
+                    f"kernel_update_ratio={self.kernel_update_ratio!r} is not allowed: it must be < 1, and splits particles of "
+                    "a kernel other than 'delta'"
+                )
+        if self.kernel == "delta" and self.repulsion == "kernel":
+            raise ValueError("repulsion='kernel' is not allowed with kernel='delta', which has none: it must be 'density'")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of the options."""
+        return [field.name for field in fields(cls)]
+
+    @classmethod
+    def of(cls, value: "ParticleOptions | Mapping[str, Any] | None") -> "ParticleOptions":
+        """
+        :param value: Options, a dict of those that differ from the defaults, or None for the defaults
+        :return: The options
+        :raises ValueError: if it is something else, or holds an option that is not known
+        """
+        if isinstance(value, cls):
+            return value
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"particle_options={value!r} is not allowed: it must be a ParticleOptions, a dict of its fields or None")
+        for name in value or {}:
+            check_choice("key of particle_options", name, cls.names())
+        return cls(**(value or {}))
+
+    @classmethod
+    def adopt(cls, state: dict[str, Any]) -> "ParticleOptions":
+        """
+        :param state: Attributes of an agent, from which those that release 0.1.0 had in place of the options are removed
+        :return: The agent's options
+        """
+        state.pop("bandwidth", None)
+        old = {name: state.pop(name) for name in cls.names() if name in state}
+        # what they were worth nothing against
+        gone = {"imq": "rbf", "mixture": "policy"}
+        old = {name: gone.get(value, value) if isinstance(value, str) else value for name, value in old.items()}
+        return replace(cls.of(state.get("particle_options")), **old)
+
+
+#: Soft Q-learning as published and coded in 2017: arguments of :class:`sb3_softq.SoftQ`, to which ``ent_coef`` comes, the
+#: inverse of its reward scale (Walker2d 10; HalfCheetah, Hopper and Swimmer 30; Humanoid 100; Ant 300)
+SQL_2017: dict[str, Any] = dict(
+    learning_rate=3e-4,
+    batch_size=128,
+    tau=1.0,
+    target_update_interval=1000,
+    actor_tau=1.0,
+    n_value_particles=16,
+    n_actor_particles=16,
+    particle_options=ParticleOptions(
+        n_actor_states=128,
+        n_density_particles=0,
+        proposal="uniform",
+        repulsion="kernel",
+        kernel_update_ratio=0.5,
+        annealing=1.0,
+    ),
+    policy_kwargs=dict(
+        net_arch=dict(pi=[], qf=[128, 128]), head_arch=[128, 128], n_critics=1, smoothing="none", batch_norm=False
+    ),
+)
