@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=10_001, help="seed of the first episode (default: %(default)s)")
     args = parser.parse_args()
     if args.model:
-        SoftQ.load(args.model, device="cpu").averaged_actor.save(str(args.actor))
+        SoftQ.load(args.model, device="cpu").ema_actor.save(str(args.actor))
     actor = SamplingActor.load(str(args.actor), device="cpu")
 
     warnings.filterwarnings("ignore", message=".*is out of date|.*not wrapped with a ``Monitor``")

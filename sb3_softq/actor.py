@@ -159,6 +159,21 @@ class SamplingActor(Freezable, BasePolicy):
         log_std = LOG_STD_MIN + F.softplus(log_std + (self.log_std_init - LOG_STD_MIN))
         return xi + shift, log_std.clamp(max=LOG_STD_MAX)
 
+    def with_further_particles(
+        self, features: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_particles: int
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param features: Of the states, see :meth:`features`
+        :param mean: Component means, shape (batch_size, K, action_dim)
+        :param log_std: Log standard deviations, same shape
+        :param n_particles: How many components are drawn besides
+        :return: All K + ``n_particles`` of them
+        """
+        if n_particles == 0:
+            return mean, log_std
+        further = self.particles(features, self.noise(len(features), n_particles))
+        return th.cat([mean, further[0]], dim=1), th.cat([log_std, further[1]], dim=1)
+
     def noise(self, batch_size: int, n_particles: int) -> th.Tensor:
         """
         :param batch_size: Number of states

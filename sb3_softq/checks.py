@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_device
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
 
 # Of a learning rate: Adam divides it by 1 - beta1 before it becomes single precision
 MAX_LEARNING_RATE = 1e30
@@ -19,13 +17,8 @@ MAX_LEARNING_RATE = 1e30
 MIN_ENT_COEF, MAX_ENT_COEF = 1e-8, 1e8
 
 
-class UnsupportedSpaceError(ValueError, AssertionError, NotImplementedError):
-    """A space that an algorithm cannot have: a ValueError, and what Stable-Baselines3 raises there."""
-
-
 def _refuse(name: str, value: object, allowed: str) -> ValueError:
-    kind = UnsupportedSpaceError if name.endswith("_space") else ValueError
-    return kind(f"{name}={value!r} is not allowed: it must be {allowed}")
+    return ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
 
 
 def _is_real(value: object) -> bool:
@@ -267,150 +260,3 @@ def check_keywords(name: str, keywords: Iterable[str], cls: type) -> None:
         # each once, without what the algorithm gives
         given = ("self", "observation_space", "action_space", "lr_schedule")
         check_choice(f"key of {name}", keyword, [k for k in dict.fromkeys(known) if k not in given])
-
-
-def check_observation_space(space: spaces.Space) -> None:
-    """
-    :param space: Observation space of the environment
-    :raises ValueError: if Stable-Baselines3 has no features extractor for it
-    """
-    parts = list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
-    if not parts or not all(
-        isinstance(x, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary) for x in parts
-    ):
-        raise _refuse("observation_space", space, "a Box, Discrete, MultiDiscrete or MultiBinary space, or a Dict of such")
-    for part in parts:
-        if isinstance(part, spaces.Box | spaces.MultiBinary) and (part.shape == () or 0 in part.shape):
-            raise _refuse("observation_space", space, "of at least one axis, each of length >= 1")
-        if isinstance(part, spaces.MultiDiscrete) and (part.nvec.ndim != 1 or part.nvec.size == 0):
-            raise _refuse("observation_space", space, "of one axis, of length >= 1, where it is MultiDiscrete")
-        if isinstance(part, spaces.Discrete | spaces.MultiDiscrete) and np.any(part.start != 0):
-            raise _refuse("observation_space", space, "of numbers from 0 (start=0)")
-
-
-def check_vec_normalize(env: VecEnv) -> None:
-    """
-    Stable-Baselines3 stores the observations that ``VecNormalize`` received, and normalises them when they are replayed: they
-    have to be those that the agent sees.
-
-    :param env: Environment of the agent, as Stable-Baselines3 has wrapped it
-    :raises ValueError: if a wrapper around ``VecNormalize`` changes observations, or it is around Discrete ones
-    """
-    wrapper = env
-    while isinstance(wrapper, VecEnvWrapper) and not isinstance(wrapper, VecNormalize):
-        if unwrap_vec_normalize(wrapper) is not None and wrapper.observation_space != wrapper.venv.observation_space:
-            kind = type(wrapper).__name__
-            raise ValueError(
-                f"env={env!r} is not allowed: it must not have VecNormalize inside of {kind}, which changes its observations "
-                f"(VecNormalize({kind}(...)) works{', with norm_obs=False' * (kind == 'VecTransposeImage')})"
-            )
-        wrapper = wrapper.venv
-    if isinstance(wrapper, VecNormalize) and isinstance(wrapper.observation_space, spaces.Discrete):
-        raise ValueError(
-            f"env={env!r} is not allowed: it must not have VecNormalize around Discrete observations, which cannot be "
-            "normalised (rewards alone: gymnasium.wrappers.NormalizeReward)"
-        )
-
-
-def check_action_space(space: spaces.Space) -> None:
-    """
-    :param space: Action space of the environment
-    :raises ValueError: if it is no Box of real numbers, empty, unbounded or has a dimension of width zero
-    """
-    if isinstance(space, spaces.Discrete):
-        raise _refuse("action_space", space, "a Box: for Discrete ones there is sb3_softq.DiscreteSoftQ")
-    if (
-        not isinstance(space, spaces.Box)
-        # the replay buffer would round the actions of an integer one
-        or not np.issubdtype(space.dtype, np.floating)
-        or space.low.size == 0
-        or not (np.isfinite(space.low).all() and np.isfinite(space.high).all())
-        or not (space.low < space.high).all()
-        # actions are scaled by it
-        or not np.isfinite(_width(space)).all()
-    ):
-        raise _refuse(
-            "action_space",
-            space,
-            "a Box of floats with finite bounds, at least one dimension, and low < high and high - low finite in each",
-        )
-
-
-def _width(space: spaces.Box) -> np.ndarray:
-    """high - low, in the precision of the space."""
-    with np.errstate(over="ignore"):
-        return space.high - space.low
-
-
-def check_discrete_action_space(space: spaces.Space) -> None:
-    """
-    :param space: Action space of the environment
-    :raises ValueError: if it is not Discrete, with actions from 0
-    """
-    if isinstance(space, spaces.Box):
-        raise _refuse("action_space", space, "Discrete: for a Box there is sb3_softq.SoftQ")
-    if not isinstance(space, spaces.Discrete) or space.start != 0:
-        raise _refuse("action_space", space, "Discrete, with actions from 0")
-
-
-def check_finite(
-    name: str,
-    data: Any,
-    num_timesteps: int,
-    env_idx: int | None = None,
-    space: spaces.Space | None = None,
-) -> None:
-    """
-    :param name: What the data is
-    :param data: Data of one step, the first axis counts the environments, or of one environment: as an environment may return
-        it, numbers, lists, tensors or arrays, or a dict of them. What is no number is left to Stable-Baselines3.
-    :param num_timesteps: Number of steps so far
-    :param env_idx: Of the one environment
-    :param space: Observation space of the data: of a Dict, its keys alone are checked
-    :raises ValueError: if a value is NaN or infinite, or too large for single precision, naming the environment
-    """
-    if isinstance(data, dict):
-        keys = space.spaces.keys() if isinstance(space, spaces.Dict) else data.keys()
-        parts = [(f" {key!r}", data[key]) for key in keys if key in data]
-    else:
-        parts = [("", data)]
-    for key, values in parts:
-        array = _as_floats(values)
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(array.astype(np.float32, copy=False))
-        if finite.all():
-            continue
-        if env_idx is None:
-            env_idx = int(np.argwhere(~np.atleast_1d(finite))[0][0])
-            array = np.atleast_1d(array)[env_idx]
-        where = " in single precision" if np.isfinite(array).all() else ""
-        raise ValueError(
-            f"{name}{key} of environment {env_idx} is not finite{where} at step {num_timesteps}: {array}. "
-            "Training stopped before it was stored."
-        )
-
-
-def _as_floats(values: Any) -> np.ndarray:
-    """What an environment returned, as an array; an empty one where it holds no real numbers that could be infinite."""
-    if isinstance(values, th.Tensor):
-        values = values.detach().cpu().numpy()
-    try:
-        array = np.asarray(values)
-        array = array.astype(np.float64) if array.dtype == object else array
-    except (TypeError, ValueError):
-        return np.zeros(0)
-    return array if np.issubdtype(array.dtype, np.floating) else np.zeros(0)
-
-
-def check_parameters(policy: th.nn.Module, num_timesteps: int) -> None:
-    """
-    :param policy: Networks of the agent
-    :param num_timesteps: Number of steps so far
-    :raises ValueError: if a parameter is NaN or infinite, naming it
-    """
-    for name, parameter in policy.named_parameters():
-        if not th.isfinite(parameter).all():
-            raise ValueError(
-                f"parameter {name} is not finite at step {num_timesteps}: training stopped. Lower learning rates, or "
-                "normalised observations and rewards (VecNormalize), may help."
-            )

@@ -71,9 +71,8 @@ class JointBatchNorm(nn.Module):
         :param linear: The layer after it
         :param subtract_first: Whether the mean stays apart, to be subtracted from the inputs, or goes into the bias
         """
-        scale, shift = self._scale(), self.bias
-        if not subtract_first:
-            shift = shift - self.running_mean * scale
+        scale = self._scale()
+        shift = self.bias if subtract_first else self.bias - self.running_mean * scale
         mean = self.running_mean if subtract_first else None
         return Affine(linear.weight * scale, linear.bias + F.linear(shift, linear.weight), mean)
 

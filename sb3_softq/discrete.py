@@ -14,7 +14,8 @@ from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPoli
 from typing_extensions import Self
 
 from sb3_softq.base import MaximumEntropyAlgorithm
-from sb3_softq.checks import check_discrete_action_space, check_integer
+from sb3_softq.checks import check_integer
+from sb3_softq.spaces import check_discrete_action_space
 
 SelfDiscreteSoftQ = TypeVar("SelfDiscreteSoftQ", bound="DiscreteSoftQ")
 
@@ -182,6 +183,7 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
+            _init_setup_model=_init_setup_model,
         )
         if _init_setup_model:
             self._setup_model()

@@ -1,4 +1,4 @@
-"""What actor and critic are made of: networks that can be frozen, Polyak averaging, many particles per state at little cost."""
+"""What actor and critic share: networks that can be frozen, Polyak averaging, many particles per state at little cost."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -54,15 +54,42 @@ class ParticleOptions:
         else:
             # the temperature times it is divided by too
             check_schedule("annealing", self.annealing, 1.0, open_low=False, high=MAX_ENT_COEF)
+            if not callable(self.annealing):
+                object.__setattr__(self, "annealing", float(self.annealing))
         if self.kernel_update_ratio is not None:
             check_number("kernel_update_ratio", self.kernel_update_ratio, 0.0, 1.0, open_low=True)
             if self.kernel_update_ratio == 1.0 or self.kernel == "delta":
                 raise ValueError(
-                    f"kernel_update_ratio={self.kernel_update_ratio!r} is not allowed: it must be < 1, and splits particles of "
-                    "a kernel other than 'delta'"
+                    f"kernel_update_ratio={self.kernel_update_ratio!r} is not allowed: it must be < 1, and splits particles "
+                    "of a kernel other than 'delta'"
                 )
         if self.kernel == "delta" and self.repulsion == "kernel":
             raise ValueError("repulsion='kernel' is not allowed with kernel='delta', which has none: it must be 'density'")
+
+    def check(self, n_actor_particles: int, smoothing: str) -> None:
+        """
+        :param n_actor_particles: Number of particles per state in an actor update
+        :param smoothing: Of the sampling actor
+        :raises ValueError: if the options do not fit them
+        """
+        if self.kernel_update_ratio is not None and n_actor_particles < 2:
+            raise ValueError(
+                f"n_actor_particles={n_actor_particles} is not allowed with kernel_update_ratio={self.kernel_update_ratio}, "
+                "which splits them: it must be an integer >= 2"
+            )
+        if smoothing == "none" and self.repulsion == "density":
+            raise ValueError(
+                "repulsion='density' is not allowed with smoothing='none', which has no density: it must be 'kernel'"
+            )
+
+    def n_fixed_particles(self, n_actor_particles: int) -> int:
+        """
+        :param n_actor_particles: Number of particles per state in an actor update
+        :return: How many of them do not move, because they are split; 0 where all do
+        """
+        if self.kernel_update_ratio is None:
+            return 0
+        return n_actor_particles - min(max(round(n_actor_particles * self.kernel_update_ratio), 1), n_actor_particles - 1)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -79,7 +106,9 @@ class ParticleOptions:
         if isinstance(value, cls):
             return value
         if value is not None and not isinstance(value, Mapping):
-            raise ValueError(f"particle_options={value!r} is not allowed: it must be a ParticleOptions, a dict of its fields or None")
+            raise ValueError(
+                f"particle_options={value!r} is not allowed: it must be a ParticleOptions, a dict of its fields or None"
+            )
         for name in value or {}:
             check_choice("key of particle_options", name, cls.names())
         return cls(**(value or {}))

@@ -237,8 +237,8 @@ class SoftQPolicy(BasePolicy):
 
     def sync_ema_actor(self, force: bool = False) -> None:
         """
-        Make the EMA actor a copy of the actor, if somebody else than training has written into the actor since its last update.
-        All that asks, trains or saves the policy calls this, so that who trains the actor sees what it has learned:
+        Make the EMA actor a copy of the actor, if somebody else than training has written into the actor since its last
+        update. All that asks, trains or saves the policy calls this, so that who trains the actor sees what it has learned:
 
             optimizer = th.optim.Adam(model.actor.parameters(), lr=1e-3)
             for obs, actions in demonstrations:  # tensors; actions in the normalised box (-1, 1)^d

@@ -70,9 +70,7 @@ class Queries:
         actions = self.policy.unscale_action(actions.reshape(*actions.shape[:2], *self.action_space.shape))
         return actions if vectorized else actions[0]
 
-    def log_prob(
-        self, obs: Observations, actions: np.ndarray, n_particles: int = N_QUERY_PARTICLES
-    ) -> np.ndarray:
+    def log_prob(self, obs: Observations, actions: np.ndarray, n_particles: int = N_QUERY_PARTICLES) -> np.ndarray:
         """
         Log-density of the policy, log pi(a|s), estimated from particles.
 

@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 
 
 def end_trajectory(buffer: ReplayBuffer) -> None:
@@ -28,3 +28,30 @@ def end_trajectory(buffer: ReplayBuffer) -> None:
     # Not terminal, so that the value of the next observation counts: but there is none where the next row is to hold it
     if not buffer.optimize_memory_usage:
         buffer.timeouts[last][unfinished] = True
+
+
+def check_replay_buffer(
+    buffer_class: type[ReplayBuffer] | None, n_steps: int, optimize_memory_usage: bool, has_dict: bool
+) -> None:
+    """
+    :param buffer_class: Class that was asked for, None for the one that Stable-Baselines3 chooses
+    :param n_steps: Number of steps of the returns
+    :param optimize_memory_usage: Whether the memory efficient variant was asked for
+    :param has_dict: Whether observations are Dicts
+    :raises ValueError: if Stable-Baselines3 has no such buffer
+    """
+    if optimize_memory_usage and (n_steps > 1 or has_dict):
+        raise ValueError(
+            "optimize_memory_usage=True is not allowed with n_steps > 1 or Dict observations: it must be False, "
+            "since Stable-Baselines3 has no such buffer"
+        )
+    if n_steps > 1 and has_dict:
+        raise ValueError(f"n_steps={n_steps} is not allowed with Dict observations: it must be 1")
+    if n_steps > 1 and buffer_class is not None:
+        raise ValueError(
+            f"n_steps={n_steps} is not allowed with a replay_buffer_class, which would not hear of it: it must be 1 "
+            "(what the buffer takes itself goes into replay_buffer_kwargs)"
+        )
+    if buffer_class is not None and issubclass(buffer_class, DictReplayBuffer) != has_dict:
+        kind = "DictReplayBuffer or HerReplayBuffer" if has_dict else "a buffer for observations that are no Dict"
+        raise ValueError(f"replay_buffer_class={buffer_class!r} is not allowed: it must be {kind}")

@@ -64,7 +64,8 @@ def roll_out(
             if not (terminated[i] or truncated) and len(steps[i]) < max_steps:
                 still_running.append(i)
         running = still_running
-    return [
-        Episode(*(np.array(values) for values in zip(*steps[i], strict=True)), terminated[i], infos[i], records[i])
-        for i in range(len(envs))
-    ]
+    episodes = []
+    for i, of_episode in enumerate(steps):
+        observations, actions, rewards = (np.array(values) for values in zip(*of_episode, strict=True))
+        episodes.append(Episode(observations, actions, rewards, terminated[i], infos[i], records[i]))
+    return episodes

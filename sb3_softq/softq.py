@@ -8,15 +8,15 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_softq.actor import SamplingActor, entropy_bounds
+from sb3_softq.annealing import Annealing
 from sb3_softq.base import MaximumEntropyAlgorithm
-from sb3_softq.checks import check_action_space, check_compiler, check_flag, check_learning_rate, check_number
+from sb3_softq.checks import check_compiler, check_flag, check_learning_rate, check_number
 from sb3_softq.critic import ParticleCritic, min_q_values
 from sb3_softq.observations import batch_size, evenly_spaced
 from sb3_softq.optimization import LossAndStats, minimize
@@ -30,13 +30,8 @@ from sb3_softq.soft_value import (
     tanh_log_det,
     uniform_proposal,
 )
+from sb3_softq.spaces import check_action_space
 from sb3_softq.stein import stein_direction, tanh_log_det_grad
-
-# Where ent_coef is fixed, the actor starts ANNEALING times as hot, so that modes are found before they are covered. The factor
-# falls to 1 within a part of training, or a number of updates if that is less: exploration of a long run is not its business.
-ANNEALING = 20.0
-ANNEALING_PART = 2 / 3
-ANNEALING_UPDATES = 10_000
 
 
 class SoftQ(Queries, MaximumEntropyAlgorithm):
@@ -47,7 +42,7 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
     The critics regress on r + gamma V(s'), with the soft value V estimated from particles (:meth:`critic_loss`). They have
     batch normalisation and no target networks, as in CrossQ (Bhatt et al. 2024, https://arxiv.org/abs/1902.05605). The actor
     follows amortized Stein variational gradient descent (:meth:`actor_loss`), and the temperature adapts to an entropy target
-    as in SAC. An exponential moving average (EMA) of the actor's weights is the policy that is learned: it answers ``predict``.
+    as in SAC. The exponential moving average (EMA) of the actor's weights is the policy that is learned: ``predict`` asks it.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -108,9 +103,6 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    # How far annealing="auto" has come, from 0 to 1, and whether learn() was told how long training is
-    _annealed = 0.0
-    _length_is_known = True
     policy: SoftQPolicy
     actor: SamplingActor
     critic: ParticleCritic
@@ -186,6 +178,7 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
             verbose=verbose,
             device=device,
             seed=seed,
+            _init_setup_model=_init_setup_model,
         )
         self.actor_tau = actor_tau
         self.policy_delay = policy_delay
@@ -195,6 +188,7 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         self.bfloat16 = bfloat16
         self.compile = compile
         self.particle_options = ParticleOptions.of(particle_options)
+        self.annealing_clock = Annealing()
         if _init_setup_model:
             self._setup_model()
 
@@ -274,11 +268,11 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         by_density, learned = options.repulsion == "density", actor.smoothing == "learned"
         features = actor.features(obs)
         # The critics' gradient is evaluated at the first particles, the last ones move: all of them do both, or two parts
-        n_fixed = 0 if options.kernel_update_ratio is None else n_particles - self._n_updated_particles
+        n_fixed = options.n_fixed_particles(n_particles)
         fixed, updated = slice(0, n_fixed or None), slice(n_fixed, None)
         xi = actor.noise(len(features), n_particles)
         mean, log_std = actor.particles(features, xi, n_constant=0 if learned else n_fixed)
-        # (batch_size, n_particles, action_dim), u = mean + offset
+        # (batch_size, n_particles, action_dim)
         offset = th.zeros_like(mean) if actor.smoothing == "none" else th.exp(log_std) * th.randn_like(mean)
         u = (mean + offset).detach()
 
@@ -286,11 +280,8 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         q_values = min_q_values(self.critic, obs, u_fixed)
         (q_force,) = th.autograd.grad(q_values.sum(), u_fixed)
         with th.no_grad():
-            components = mean, log_std
-            if options.n_density_particles > 0:
-                # They make the density true, and cost no evaluation of the critics
-                extra = actor.particles(features, actor.noise(len(features), options.n_density_particles))
-                components = th.cat([mean, extra[0]], dim=1), th.cat([log_std, extra[1]], dim=1)
+            # Further particles make the density true, and cost no evaluation of the critics
+            components = actor.with_further_particles(features, mean, log_std, options.n_density_particles)
         # bfloat16 has enough digits for the networks, not for densities and kernels
         with th.no_grad(), th.autocast(self.device.type, enabled=False):
             log_prob, score = mixture_log_prob_and_score(u, *components)
@@ -318,22 +309,14 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
             "smoothing_std": log_std.detach().exp().mean(),
         }
 
-    @property
-    def _n_updated_particles(self) -> int:
-        ratio, n_particles = self.particle_options.kernel_update_ratio, self.n_actor_particles
-        assert ratio is not None
-        return min(max(round(n_particles * ratio), 1), n_particles - 1)
-
     def _annealing(self) -> float:
-        """Factor of the temperature in the actor's step."""
+        """Factor of the temperature in the actor's step; a learned temperature anneals by itself."""
         annealing = self.particle_options.annealing
         if not isinstance(annealing, str):
             return FloatSchedule(annealing)(self._current_progress_remaining)
         if self.log_ent_coef is not None:
             return 1.0
-        part_done = (1.0 - self._current_progress_remaining) / ANNEALING_PART if self._length_is_known else 0.0
-        self._annealed = min(max(self._annealed, part_done, self._n_updates / ANNEALING_UPDATES), 1.0)
-        return ANNEALING + (1.0 - ANNEALING) * self._annealed
+        return self.annealing_clock.factor(self._current_progress_remaining, self._n_updates)
 
     # ------------------------------------------------------------------ what both need
 
@@ -363,15 +346,7 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         if self.actor_learning_rate is not None:
             check_learning_rate("actor_learning_rate", self.actor_learning_rate)
         check_number("actor_tau", self.actor_tau, 0.0, 1.0, open_low=True)
-        if self.particle_options.kernel_update_ratio is not None and self.n_actor_particles < 2:
-            raise ValueError(
-                f"n_actor_particles={self.n_actor_particles} is not allowed with kernel_update_ratio="
-                f"{self.particle_options.kernel_update_ratio}, which splits them: it must be an integer >= 2"
-            )
-        if self.policy_kwargs.get("smoothing") == "none" and self.particle_options.repulsion == "density":
-            raise ValueError(
-                "repulsion='density' is not allowed with smoothing='none', which has no density: it must be 'kernel'"
-            )
+        self.particle_options.check(self.n_actor_particles, self.policy_kwargs.get("smoothing", "learned"))
         if self.batch_size == 1 and self.policy_kwargs.get("batch_norm", True):
             raise ValueError(
                 "batch_size=1 is not allowed: it must be an integer >= 2 with batch normalisation "
@@ -384,22 +359,13 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
             check_compiler(self.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"annealing_clock": Annealing()} | state)
         self.particle_options = ParticleOptions.adopt(self.__dict__)
 
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[int, BaseCallback]:
+    def _begin_learning(self, reset_num_timesteps: bool) -> None:
         if self.compile:
             check_compiler(self.device)
-        if reset_num_timesteps or self.num_timesteps == 0:
-            self._length_is_known = reset_num_timesteps
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+        self.annealing_clock.begin(self.num_timesteps, reset_num_timesteps)
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()

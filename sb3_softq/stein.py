@@ -55,6 +55,7 @@ def stein_direction(
     force: th.Tensor,
     updated: th.Tensor | None = None,
     kernel: KernelName = "rbf",
+    bandwidth: float | None = None,
     repulsion: th.Tensor | float = 0.0,
 ) -> th.Tensor:
     """
@@ -71,9 +72,9 @@ def stein_direction(
     :param particles: Where ``force`` was evaluated, shape (batch_size, n, action_dim)
     :param force: Shape (batch_size, n, action_dim)
     :param updated: Particles to move, shape (batch_size, m, action_dim). By default ``particles`` themselves.
-    :param kernel: ``"rbf"`` exp(-r^2/h) with the bandwidth h of the median heuristic, see :func:`median_bandwidth`, or
-        ``"delta"``, the limit h -> 0, where a particle feels its own force only (then there is no repulsion, and ``updated``
-        must not be given)
+    :param kernel: ``"rbf"`` exp(-r^2/h), or ``"delta"``, the limit h -> 0, where a particle feels its own force only (then
+        there is no repulsion, and ``updated`` must not be given)
+    :param bandwidth: h > 0, in squared units of u. By default the median heuristic, see :func:`median_bandwidth`.
     :param repulsion: Factor of the kernel's gradient, alpha or 0
     :return: phi, shape of ``updated``
     """
@@ -83,7 +84,7 @@ def stein_direction(
     targets = particles if updated is None else updated
     # (batch_size, m, n): row i belongs to the particle that moves
     sq_dist = squared_distances(targets, particles)
-    h = median_bandwidth(sq_dist, exclude_diagonal=updated is None)
+    h = median_bandwidth(sq_dist, exclude_diagonal=updated is None) if bandwidth is None else bandwidth
     k = th.exp(-sq_dist / h)
     slope = 2.0 * k / h
     # grad_{u_j} k(u_j, u_i) = slope_ij (u_i - u_j), summed over j without a (batch_size, m, n, action_dim) tensor

@@ -28,8 +28,9 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.sac.policies import SACPolicy
 
-from sb3_softq import DiscreteSoftQ, SoftQ
+from sb3_softq import SQL_2017, DiscreteSoftQ, ParticleOptions, SoftQ
 from sb3_softq.checks import check_choice
+from tests.conftest import small
 
 NAN, INF = float("nan"), float("inf")
 
@@ -51,10 +52,8 @@ class OneStep(gym.Env):
 
 
 def make(env=None, algorithm=SoftQ, **kwargs):
-    arguments: dict[str, Any] = {"learning_starts": 4, "batch_size": 4, "buffer_size": 50, "device": "cpu"}
-    arguments |= kwargs
-    arguments.setdefault("policy_kwargs", {"net_arch": [4]})
-    return algorithm("MlpPolicy", env or OneStep(), **arguments)
+    arguments: dict[str, Any] = {"learning_starts": 4, "batch_size": 4, "buffer_size": 50, "seed": None, "width": 4}
+    return small(algorithm, env=env or OneStep(), **(arguments | kwargs))
 
 
 def refused(name, value, **kwargs):
@@ -95,12 +94,6 @@ def test_smallest_integer_is_allowed(name, kind):
     assert make(**{name: kind(INTEGERS[name])}, **kwargs).learn(10).num_timesteps == 10
 
 
-def test_a_mixture_needs_two_particles():
-    with pytest.raises(ValueError, match="n_value_particles=1 is not allowed with proposal='mixture'"):
-        make(proposal="mixture", n_value_particles=1)
-    make(proposal="mixture", n_value_particles=2)
-
-
 def test_batch_normalisation_needs_a_batch():
     assert "an integer >= 2" in refused("batch_size", 1)
     assert make(batch_size=2).learn(10).num_timesteps == 10
@@ -123,7 +116,7 @@ def test_actor_tau(value):
     assert "a finite number > 0.0 and <= 1.0" in refused("actor_tau", value)
 
 
-POSITIVE = ("learning_rate", "actor_learning_rate", "ent_coef_learning_rate", "bandwidth")
+POSITIVE = ("learning_rate", "actor_learning_rate", "ent_coef_learning_rate")
 
 
 @pytest.mark.parametrize("name", POSITIVE)
@@ -132,7 +125,7 @@ def test_positive_numbers(name, value):
     assert "a finite number > 0.0" in refused(name, value)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "ent_coef", "bandwidth", "annealing"])
+@pytest.mark.parametrize("name", ["learning_rate", "ent_coef", "annealing"])
 def test_none_is_no_number(name):
     assert "a finite number" in refused(name, None)
 
@@ -223,13 +216,12 @@ def test_annealing_is_at_least_one(value):
     ("name", "value", "hint"),
     [
         ("proposal", "uniforn", "'uniform'"),
-        ("proposal", None, "one of 'policy', 'uniform', 'mixture'"),
-        ("kernel", "RBF", "one of 'rbf', 'imq', 'delta'"),
+        ("proposal", None, "one of 'policy', 'uniform'"),
+        ("kernel", "RBF", "one of 'rbf', 'delta'"),
         ("kernel", "rbff", "did you mean 'rbf'?"),
         ("kernel", 1, "one of"),
         ("repulsion", "densities", "did you mean 'density'?"),
         ("repulsion", True, "one of 'density', 'kernel'"),
-        ("bandwidth", "mediam", "did you mean 'median'?"),
         ("annealing", "Auto", "one of 'auto'"),
     ],
 )
@@ -244,12 +236,43 @@ def test_kernel_update_ratio(value):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"kernel_update_ratio": 1.0}, {"n_actor_particles": 1}, {"kernel": "delta"}],
+    [{"kernel_update_ratio": 1.0}, {"kernel": "delta"}],
     ids=lambda kwargs: next(iter(kwargs)),
 )
 def test_kernel_update_ratio_splits_particles_of_a_kernel(kwargs):
     with pytest.raises(ValueError, match=r"kernel_update_ratio=(0\.5|1\.0) is not allowed: it must be < 1, and splits"):
         make(**{"kernel_update_ratio": 0.5, **kwargs})
+
+
+def test_one_particle_cannot_be_split():
+    with pytest.raises(ValueError, match=r"n_actor_particles=1 is not allowed with kernel_update_ratio=0\.5.*integer >= 2"):
+        make(kernel_update_ratio=0.5, n_actor_particles=1)
+    make(kernel_update_ratio=0.5, n_actor_particles=2)
+
+
+@pytest.mark.parametrize("value", [3, "kernel", ["kernel"], True])
+def test_particle_options_are_a_dict(value):
+    with pytest.raises(ValueError, match=re.escape(f"particle_options={value!r} is not allowed")):
+        make(particle_options=value)
+
+
+def test_unknown_particle_options():
+    with pytest.raises(ValueError, match=r"key of particle_options='kernal' is not allowed.*did you mean 'kernel'"):
+        make(particle_options={"kernal": "rbf"})
+
+
+def test_options_are_those_of_the_dataclass():
+    options, the_same = ParticleOptions(kernel="delta", n_actor_states=np.int64(3)), {"kernel": "delta", "n_actor_states": 3.0}
+    assert make(particle_options=options).particle_options == make(particle_options=the_same).particle_options == options
+    with pytest.raises(AttributeError):
+        options.kernel = "rbf"
+
+
+def test_sql_2017():
+    """All arguments of the recipe are accepted, and it trains."""
+    model = make(**SQL_2017, ent_coef=0.1)
+    assert model.particle_options.repulsion == "kernel"
+    assert model.learn(20)._n_updates > 0
 
 
 def test_no_repulsion_without_a_kernel_or_a_density():
@@ -497,7 +520,6 @@ ARGUMENTS = {
     "ent_coef": schedules,
     "annealing": schedules,
     "target_entropy": numbers,
-    "bandwidth": numbers,
     "tau": numbers,
     "actor_tau": numbers,
     "gamma": numbers,
@@ -505,8 +527,8 @@ ARGUMENTS = {
     **dict.fromkeys(INTEGERS, sizes),
     "train_freq": st.one_of(sizes, st.tuples(sizes, names("step", "episode")), st.lists(sizes, max_size=2)),
     "seed": st.one_of(sizes, st.integers()),
-    "proposal": names("policy", "uniform", "mixture"),
-    "kernel": names("rbf", "imq", "delta"),
+    "proposal": names("policy", "uniform"),
+    "kernel": names("rbf", "delta"),
     "repulsion": names("density", "kernel"),
     "policy_kwargs": st.one_of(
         st.none(),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 
 from sb3_softq import DiscreteSoftQ, SoftQ
-from sb3_softq.checks import check_finite
+from sb3_softq.finite import check_finite
 
 NAN, INF = float("nan"), float("inf")
 BOX = spaces.Box(-np.inf, np.inf, (2,), dtype=np.float32)

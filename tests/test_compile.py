@@ -10,8 +10,7 @@ import torch as th
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from torch.nn.utils import parameters_to_vector
 
-from examples.benchmark.original_recipe import ORIGINAL, original_policy
-from sb3_softq import SoftQ
+from sb3_softq import SQL_2017, SoftQ
 from sb3_softq.checks import check_compiler
 
 
@@ -31,7 +30,7 @@ def parameters(module):
     [
         dict(policy_delay=2, n_steps=3),
         dict(tau=0.5),
-        dict(ORIGINAL, ent_coef=0.1, policy_kwargs=original_policy([16])),
+        SQL_2017 | dict(ent_coef=0.1, policy_kwargs=SQL_2017["policy_kwargs"] | dict(net_arch=dict(pi=[], qf=[16]))),
         # one compiler run of a minute
         pytest.param(dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)), marks=pytest.mark.slow),
     ],

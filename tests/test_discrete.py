@@ -18,6 +18,7 @@ from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMu
 from examples.equivalence import relative_difference
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.discrete import DiscreteSoftQPolicy
+from tests.conftest import small
 
 N_STATES, N_ACTIONS, ALPHA, GAMMA = 4, 3, 1.0, 0.9
 
@@ -57,8 +58,7 @@ class RandomMDP(gym.Env):
 
 
 def make(policy="MlpPolicy", env=None, **kwargs):
-    arguments = dict(learning_starts=8, batch_size=8, buffer_size=200, seed=0, device="cpu")
-    return DiscreteSoftQ(policy, env or RandomMDP(), **(arguments | kwargs))
+    return small(DiscreteSoftQ, policy, env or RandomMDP(), **({"width": None} | kwargs))
 
 
 def test_it_converges_to_soft_value_iteration():

@@ -27,13 +27,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from torch import nn
 
 from sb3_softq import DiscreteSoftQ, SoftQ
+from tests.conftest import small
 
 BOTH = pytest.mark.parametrize(("cls", "env_id"), [(SoftQ, "Pendulum-v1"), (DiscreteSoftQ, "CartPole-v1")])
 
 
 def make(cls, env, policy="MlpPolicy", **kwargs):
-    arguments = dict(learning_starts=8, batch_size=8, buffer_size=400, seed=0, device="cpu")
-    return cls(policy, env, **(arguments | dict(policy_kwargs=dict(net_arch=[8])) | kwargs))
+    return small(cls, policy, env, **({"buffer_size": 400} | kwargs))
 
 
 @BOTH
@@ -81,7 +81,7 @@ def test_images_with_and_without_normalisation(normalize_images):
     model = make(SoftQ, env, "CnnPolicy", policy_kwargs=kwargs | dict(normalize_images=normalize_images), buffer_size=50)
     model.learn(20)
     seen = []
-    model.averaged_actor.features_extractor.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.ema_actor.features_extractor.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model.predict(env.observation_space.sample())
     assert 0.9 < seen[0].max() <= 1.0
 
@@ -103,7 +103,7 @@ class Counting(BaseFeaturesExtractor):
 def test_custom_extractors_see_each_state_once(share):
     kwargs = dict(features_extractor_class=Counting, share_features_extractor=share, net_arch=[8])
     model = make(SoftQ, "Pendulum-v1", policy_kwargs=kwargs, n_actor_states=4, n_value_particles=8).learn(8)
-    networks = model.actor, model.averaged_actor, model.critic, model.critic_target
+    networks = model.actor, model.ema_actor, model.critic, model.critic_target
     extractors = {id(e): e for e in (x.features_extractor for x in networks)}
     for extractor in extractors.values():
         extractor.rows.clear()

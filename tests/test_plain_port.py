@@ -1,5 +1,7 @@
 """SoftQ with the arguments of the original recipe against a plain port of it, which computes each term by autograd."""
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from examples.benchmark.plain_port import PlainSoftQ
 from examples.benchmark.plain_port import stein_direction as plain_stein_direction
-from sb3_softq import SoftQ
+from sb3_softq import SQL_2017, SoftQ
 from sb3_softq.stein import stein_direction, tanh_log_det_grad
 
 OBSERVATION_DIM, ACTION_DIM, BATCH_SIZE, ALPHA = 5, 3, 32, 0.2
@@ -49,15 +51,9 @@ def make_pair(learning_rate, target_update_interval=1000):
         tau=1.0,
         target_update_interval=target_update_interval,
         actor_tau=1.0,
-        proposal="uniform",
         n_value_particles=16,
         n_actor_particles=16,
-        n_actor_states=BATCH_SIZE,
-        n_density_particles=0,
-        kernel="rbf",
-        repulsion="kernel",
-        kernel_update_ratio=0.5,
-        annealing=1.0,
+        particle_options=replace(SQL_2017["particle_options"], n_actor_states=BATCH_SIZE),
         ent_coef=ALPHA,
         policy_kwargs=dict(
             net_arch=dict(pi=[], qf=[24, 16]), head_arch=[24, 16], n_critics=1, smoothing="none", batch_norm=False

@@ -17,7 +17,9 @@ from torch import nn
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.composition import SumOfCritics
-from sb3_softq.policies import JointBatchNorm, particle_forward
+from sb3_softq.critic import JointBatchNorm, folded
+from sb3_softq.networks import particle_forward
+from tests.conftest import flat, small
 
 OBS = np.random.default_rng(0).uniform(-1, 1, (64, 3)).astype(np.float32)
 # where a demonstrator goes, in the environment's units
@@ -25,12 +27,7 @@ DEMONSTRATED = OBS[:, :1]
 
 
 def make(algorithm=SoftQ, env="Pendulum-v1", **kwargs):
-    arguments = dict(learning_starts=8, batch_size=8, buffer_size=200, seed=0, device="cpu", policy_kwargs=dict(net_arch=[16]))
-    return algorithm("MlpPolicy", env, **(arguments | kwargs))
-
-
-def flat(module):
-    return nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+    return small(algorithm, env=env, **({"width": 16} | kwargs))
 
 
 def train_on(model, n=1):
@@ -94,14 +91,14 @@ def test_what_is_asked_first_does_not_matter(ask):
         other.set_parameters(answer)
         answer = other
     for policy in (answer.policy, model.policy):
-        assert th.equal(policy.averaged_actor(th.as_tensor(OBS), True), expected)
+        assert th.equal(policy.ema_actor(th.as_tensor(OBS), True), expected)
 
 
 def test_the_policy_has_gradients():
     model = make().learn(30)
     model.policy(th.as_tensor(OBS), True).sum().backward()
     assert all(parameter.grad is not None for parameter in model.actor.trunk.parameters())
-    assert all(parameter.grad is None for parameter in model.averaged_actor.parameters())
+    assert all(parameter.grad is None for parameter in model.ema_actor.parameters())
     # without them it answers as predict does
     with th.no_grad():
         actions = model.policy(th.as_tensor(OBS), True).numpy()
@@ -115,7 +112,7 @@ def test_training_goes_on_from_what_was_cloned():
     clone(model, model.policy, model.actor.optimizer)
     before = flat(model.actor)
     train_on(model)
-    step = flat(model.averaged_actor) - before
+    step = flat(model.ema_actor) - before
     th.testing.assert_close(step, 1e-3 * (flat(model.actor) - before), rtol=1e-2, atol=1e-7)
 
 
@@ -130,25 +127,25 @@ WRITES = {
 def test_parameters_of_a_trained_agent_are_kept(tmp_path, write):
     """Into a fresh agent, whose average would be nine tenths of the newest actor after an update."""
     model, trained = make(seed=1).learn(5), make(learning_rate=1e-2).learn(60)
-    expected = flat(trained.averaged_actor)
+    expected = flat(trained.ema_actor)
     assert not th.equal(expected, flat(trained.actor))
     if write == "a file":
         trained.save(tmp_path / "model")
     WRITES[write](model, trained if write != "a file" else tmp_path / "model.zip")
-    assert th.equal(flat(model.averaged_actor), expected)
+    assert th.equal(flat(model.ema_actor), expected)
     assert th.equal(flat(model.actor), flat(trained.actor))
     # as if it had been trained here: 52 updates
     assert model.policy.n_averaged == trained.policy.n_averaged == 52
     model.replay_buffer = trained.replay_buffer
     train_on(model)
-    th.testing.assert_close(flat(model.averaged_actor), expected + 9 / 62 * (flat(model.actor) - expected))
+    th.testing.assert_close(flat(model.ema_actor), expected + 9 / 62 * (flat(model.actor) - expected))
 
 
 def test_the_actor_alone_can_be_loaded():
     model, other = make().learn(30), make(seed=1)
     other.set_parameters({"policy": {f"actor.{k}": v for k, v in model.actor.state_dict().items()}}, exact_match=False)
     other.policy.set_training_mode(False)
-    assert th.equal(flat(other.averaged_actor), flat(model.actor))
+    assert th.equal(flat(other.ema_actor), flat(model.actor))
     third = make(seed=2)
     third.actor.load_state_dict(model.actor.state_dict())
     with th.no_grad():
@@ -157,11 +154,11 @@ def test_the_actor_alone_can_be_loaded():
 
 def test_critics_alone_leave_the_average_alone():
     model, other = make().learn(30), make(seed=1).learn(30)
-    before, n = flat(other.averaged_actor), other.policy.n_averaged
+    before, n = flat(other.ema_actor), other.policy.n_averaged
     critic = {f"critic.{k}": v for k, v in model.critic.state_dict().items()}
     other.set_parameters({"policy": critic}, exact_match=False)
     other.predict(OBS)
-    assert th.equal(flat(other.averaged_actor), before)
+    assert th.equal(flat(other.ema_actor), before)
     assert other.policy.n_averaged == n
 
 
@@ -170,7 +167,7 @@ def test_what_goes_by_data_is_noticed():
     model = make().learn(30)
     nn.utils.vector_to_parameters(th.zeros_like(flat(model.actor)), model.actor.parameters())
     model.predict(OBS)
-    assert not flat(model.averaged_actor).any()
+    assert not flat(model.ema_actor).any()
 
 
 def test_what_nobody_can_notice_is_copied_on_demand():
@@ -178,18 +175,18 @@ def test_what_nobody_can_notice_is_copied_on_demand():
     weight = model.actor.trunk[0].weight
     weight.data.zero_()
     model.predict(OBS)
-    assert model.averaged_actor.trunk[0].weight.any()
-    model.policy.sync_averaged_actor(force=True)
-    assert not model.averaged_actor.trunk[0].weight.any()
+    assert model.ema_actor.trunk[0].weight.any()
+    model.policy.sync_ema_actor(force=True)
+    assert not model.ema_actor.trunk[0].weight.any()
 
 
 @pytest.mark.parametrize("move", [lambda policy: policy.to("cpu"), lambda policy: policy.double().float(), pickle.dumps])
 def test_nothing_is_copied_where_nobody_wrote(move):
     model = make().learn(30)
-    before = flat(model.averaged_actor)
+    before = flat(model.ema_actor)
     move(model.policy)
     model.predict(OBS)
-    assert th.equal(flat(model.averaged_actor), before)
+    assert th.equal(flat(model.ema_actor), before)
     assert not th.equal(flat(model.actor), before)
 
 
@@ -212,19 +209,19 @@ TO_TRAINING = {
 
 
 @pytest.mark.parametrize("call", TO_TRAINING)
-@pytest.mark.parametrize("part", ["policy", "averaged_actor", "critic_target"])
+@pytest.mark.parametrize("part", ["policy", "ema_actor", "critic_target"])
 def test_average_and_target_stand_in_evaluation_mode(call, part):
     model = make(policy_kwargs=dict(net_arch=[8], features_extractor_class=Noisy), tau=0.5).learn(20)
     model.policy.set_training_mode(False)
     TO_TRAINING[call](model.policy if part == "policy" else getattr(model.policy, part))
-    for network in (model.averaged_actor, model.critic_target):
+    for network in (model.ema_actor, model.critic_target):
         assert not any(module.training for module in network.modules())
         assert not any(parameter.requires_grad for parameter in network.parameters())
     assert model.policy.actor.training == (part == "policy")
-    buffers = copy.deepcopy(list(model.averaged_actor.buffers()))
-    answers = [model.averaged_actor(th.as_tensor(OBS), True) for _ in range(2)]
+    buffers = copy.deepcopy(list(model.ema_actor.buffers()))
+    answers = [model.ema_actor(th.as_tensor(OBS), True) for _ in range(2)]
     assert th.equal(*answers)
-    assert all(th.equal(*pair) for pair in zip(buffers, model.averaged_actor.buffers(), strict=True))
+    assert all(th.equal(*pair) for pair in zip(buffers, model.ema_actor.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("call", TO_TRAINING)
@@ -290,9 +287,7 @@ def test_extractors_that_cannot_be_copied(extractor):
         copy.deepcopy(extractor(spaces.Box(-1.0, 1.0, (3,))))
     model = make(policy_kwargs=dict(net_arch=[8], features_extractor_class=extractor)).learn(30)
     assert model._n_updates > 0
-    assert th.equal(
-        flat(make(policy_kwargs=dict(net_arch=[8])).averaged_actor), flat(make(policy_kwargs=dict(net_arch=[8])).actor)
-    )
+    assert th.equal(flat(make(policy_kwargs=dict(net_arch=[8])).ema_actor), flat(make(policy_kwargs=dict(net_arch=[8])).actor))
 
 
 def test_predict_in_another_thread_answers_from_the_average():
@@ -301,7 +296,7 @@ def test_predict_in_another_thread_answers_from_the_average():
     model.learn(3)
     # two actors that nobody can mistake for one another, and that do not move
     with th.no_grad():
-        for actor, value in ((model.actor, 2.0), (model.averaged_actor, -2.0)):
+        for actor, value in ((model.actor, 2.0), (model.ema_actor, -2.0)):
             for parameter in actor.parameters():
                 parameter.zero_()
             actor.head[-1].bias[0] = value
@@ -340,7 +335,7 @@ def test_observations_far_from_zero_keep_their_digits(mean, std, n_particles):
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_()
     net = nn.Sequential(norm, linear, nn.ReLU(), nn.Linear(64, 1))
-    result = particle_forward(net, features, actions)
+    result = particle_forward(folded(net), features, actions)
     pairs = th.cat([features.unsqueeze(1).expand(-1, n_particles, -1), actions], dim=2)
     unfolded = net(pairs)
     exact = copy.deepcopy(net).double()(pairs.double())

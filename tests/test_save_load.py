@@ -22,11 +22,12 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_softq import SoftQ
 from sb3_softq.policies import SamplingActor, SoftQPolicy
+from tests.conftest import small
 
 VARIANTS: dict[str, Any] = {
     "default": {},
     "fixed_temperature": {"ent_coef": 0.2, "annealing": LinearSchedule(5.0, 1.0, 0.5)},
-    "local_smoothing": {"proposal": "mixture", "policy_kwargs": {"smoothing": "local", "n_critics": 1}},
+    "local_smoothing": {"proposal": "uniform", "policy_kwargs": {"smoothing": "local", "n_critics": 1}},
     "original": {"repulsion": "kernel", "kernel_update_ratio": 0.5, "policy_kwargs": {"smoothing": "none"}},
     "no_batch_norm": {"tau": 0.005, "policy_kwargs": {"batch_norm": False}},
     "own_actor_learning_rate": {"actor_learning_rate": 1e-2, "policy_kwargs": {"net_arch": {"pi": [4], "qf": []}}},
@@ -40,20 +41,10 @@ POLICIES = {
 
 
 def make(policy="MlpPolicy", env=None, policy_kwargs=None, **kwargs):
-    arguments: dict[str, Any] = {
-        "learning_starts": 8,
-        "batch_size": 8,
-        "buffer_size": 100,
-        "seed": 0,
-        "device": "cpu",
-    }
-    arguments |= kwargs
-    small: dict[str, Any] = {"net_arch": [8]}
-    if policy == "CnnPolicy":
-        small["features_extractor_kwargs"] = {"features_dim": 8}
-    elif policy == "MultiInputPolicy":
-        small["features_extractor_kwargs"] = {"cnn_output_dim": 8}
-    return SoftQ(policy, env or POLICIES[policy](), policy_kwargs=small | (policy_kwargs or {}), **arguments)
+    extractors = {"CnnPolicy": {"features_dim": 8}, "MultiInputPolicy": {"cnn_output_dim": 8}}
+    own = {"features_extractor_kwargs": extractors[policy]} if policy in extractors else {}
+    kwargs = {"buffer_size": 100, "policy_kwargs": own | (policy_kwargs or {})} | kwargs
+    return small(SoftQ, policy, env or POLICIES[policy](), **kwargs)
 
 
 def load(*args, **kwargs):

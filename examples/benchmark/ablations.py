@@ -2,7 +2,7 @@
 One change each against SoftQ's defaults: is it worth it?
 
     python examples/benchmark/ablations.py run    # HalfCheetah-v4, 30,000 steps, seeds 35 to 37: five hours on two cores
-    python examples/benchmark/ablations.py run --only policy-delay-2 imq-kernel
+    python examples/benchmark/ablations.py run --only policy-delay-2 delta-kernel
     python examples/benchmark/ablations.py run --envs Walker2d-v4 --steps 60000 --only narrow-start
     python examples/benchmark/ablations.py table
 
@@ -38,18 +38,16 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "density-in-value": dict(variant="density_in_value"),
     "1-value-particle-density": dict(n_value_particles=1, variant="density_in_value"),
     "mean-value": dict(variant="mean_value"),
-    "mixture-proposal": dict(proposal="mixture"),
-    "uniform-proposal": dict(proposal="uniform"),
+    "uniform-proposal": {"particle_options.proposal": "uniform"},
     # the Stein step
-    "4x128-actor-particles": dict(n_actor_states=128),
-    "4x128-policy-delay-2": dict(n_actor_states=128, policy_delay=2),
-    "2x128-actor-particles": dict(n_actor_states=128, n_actor_particles=2),
-    "8x64-actor-particles": dict(n_actor_particles=8, n_actor_states=64),
-    "16x64-actor-particles": dict(n_actor_particles=16, n_actor_states=64),
-    "32x32-actor-particles": dict(n_actor_particles=32, n_actor_states=32),
-    "delta-kernel": dict(kernel="delta"),
-    "imq-kernel": dict(kernel="imq"),
-    "kernel-repulsion": dict(repulsion="kernel"),
+    "4x128-actor-particles": {"particle_options.n_actor_states": 128},
+    "4x128-policy-delay-2": {"particle_options.n_actor_states": 128, "policy_delay": 2},
+    "2x128-actor-particles": {"particle_options.n_actor_states": 128, "n_actor_particles": 2},
+    "8x64-actor-particles": {"n_actor_particles": 8, "particle_options.n_actor_states": 64},
+    "16x64-actor-particles": {"n_actor_particles": 16, "particle_options.n_actor_states": 64},
+    "32x32-actor-particles": {"n_actor_particles": 32},
+    "delta-kernel": {"particle_options.kernel": "delta"},
+    "kernel-repulsion": {"particle_options.repulsion": "kernel"},
     "one-critic-in-stein-step": dict(variant="one_critic_in_stein_step"),
     # temperature and critics
     "fixed-temperature-0.1": dict(ent_coef=0.1),

@@ -25,7 +25,7 @@ Candidate = Callable[[SoftQ, th.Tensor], th.Tensor]
 
 def bank(model: SoftQ, obs: th.Tensor, trained: bool = False) -> tuple[th.Tensor, th.Tensor]:
     """Centres and log standard deviations of the fixed bank of particles, shape (1, n_bank, action_dim)."""
-    actor = model.actor if trained else model.averaged_actor
+    actor = model.actor if trained else model.ema_actor
     return actor.particles(actor.features(obs), actor.xi_bank.unsqueeze(0))
 
 
@@ -34,8 +34,8 @@ def q_values(model: SoftQ, obs: th.Tensor, u: th.Tensor) -> th.Tensor:
 
 
 def zero_noise(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    features = model.averaged_actor.features(obs)
-    return model.averaged_actor.particles(features, th.zeros(1, 1, model.averaged_actor.action_dim))[0][:, 0]
+    features = model.ema_actor.features(obs)
+    return model.ema_actor.particles(features, th.zeros(1, 1, model.ema_actor.action_dim))[0][:, 0]
 
 
 def mode(model: SoftQ, obs: th.Tensor, densest: bool = False, trained: bool = False) -> th.Tensor:
@@ -61,7 +61,7 @@ def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
 
 
 CANDIDATES: dict[str, Candidate] = {
-    "a sample": lambda model, obs: model.averaged_actor.sample(obs)[:, 0],
+    "a sample": lambda model, obs: model.ema_actor.sample(obs)[:, 0],
     "zero noise, mean-shift": mode,
     "the same, of the trained actor": lambda model, obs: mode(model, obs, trained=True),
     "densest of 32, mean-shift": lambda model, obs: mode(model, obs, densest=True),

@@ -26,17 +26,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no batch normalisation": dict(tau=0.005, policy_kwargs={"batch_norm": False}),
     "joint gradient": dict(variant="joint_gradient"),
-    "no further particles in the density": dict(n_density_particles=0),
-    "delta kernel": dict(kernel="delta"),
+    "no further particles in the density": dict(particle_options=dict(n_density_particles=0)),
+    "delta kernel": dict(particle_options=dict(kernel="delta")),
     "half as many updates of the actor": dict(policy_delay=2),
     "no averaged actor": dict(actor_tau=1.0),
     "narrow start": dict(variant="narrow_start"),
     "mean in the soft value": dict(variant="mean_value"),
     "4 particles in the soft value": dict(n_value_particles=4),
     "noise enters the first layer": dict(policy_kwargs={"net_arch": {"pi": [], "qf": [64, 64]}, "head_arch": [64, 64]}),
-    "no annealing": dict(annealing=1.0),
-    "repulsion by the kernel": dict(repulsion="kernel"),
-    "repulsion by the kernel, local smoothing": dict(repulsion="kernel", policy_kwargs={"smoothing": "local"}),
+    "no annealing": dict(particle_options=dict(annealing=1.0)),
+    "repulsion by the kernel": dict(particle_options=dict(repulsion="kernel")),
+    "repulsion by the kernel, local smoothing": dict(
+        particle_options=dict(repulsion="kernel"), policy_kwargs={"smoothing": "local"}
+    ),
 }
 
 

@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,6 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from measuring import Row, interleave, machine, ratio, set_threads, show, write
-from original_recipe import ORIGINAL, original_policy
 from plain_port import PlainSoftQ
 from products import measure_products
 from sb3_contrib import TQC, CrossQ
@@ -33,7 +32,7 @@ from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_softq import SoftQ
+from sb3_softq import SQL_2017, SoftQ
 
 try:
     from sbx import SAC as SBX_SAC
@@ -44,8 +43,10 @@ except ImportError:
 ENV_ID = "Walker2d-v4"
 NET: dict[str, Any] = dict(net_arch=[256, 256])
 # The original recipe at the load of the other rows
-LOAD: dict[str, Any] = ORIGINAL | dict(n_actor_states=256, ent_coef=0.1)
-ORIGINAL_NET: dict[str, Any] = original_policy(NET["net_arch"])
+LOAD: dict[str, Any] = SQL_2017 | dict(
+    particle_options=replace(SQL_2017["particle_options"], n_actor_states=256), ent_coef=0.1
+)
+ORIGINAL_NET: dict[str, Any] = LOAD.pop("policy_kwargs") | dict(net_arch=dict(pi=[], qf=[256, 256]), head_arch=[256, 256])
 PLAIN = "original recipe, plain port"
 
 
@@ -75,7 +76,7 @@ class PlainPort(SoftQ):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.plain = PlainSoftQ(self.observation_space.shape[0], self.action_space.shape[0], NET["net_arch"])  # type: ignore[index]
-        self.policy.averaged_actor.head = self.plain.actor
+        self.policy.ema_actor.head = self.plain.actor
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         for _ in range(gradient_steps):

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,6 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from learning import COLUMNS, Cell, check_same_run, read_rows, write_rows
-from original_recipe import ORIGINAL, original_policy
 from sb3_contrib import TQC
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
@@ -32,7 +32,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from variants import VARIANTS
 
 import sb3_softq
-from sb3_softq import SoftQ
+from sb3_softq import SQL_2017, ParticleOptions, SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, resume
 
 CLASSES: dict[str, type[OffPolicyAlgorithm]] = {"softq": SoftQ, "sac": SAC, "td3": TD3, "tqc": TQC, "original": SoftQ}
@@ -53,7 +53,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     ),
     "tqc": dict(learning_starts=10_000),
     # Haarnoja et al. 2017, see README.md
-    "original": dict(batch_size=128, n_actor_states=128, policy_kwargs=original_policy([128, 128]), **ORIGINAL),
+    "original": SQL_2017,
 }
 # The RL Zoo's own exceptions
 ENV_ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
@@ -90,8 +90,11 @@ def arguments(cell: Cell) -> dict[str, Any]:
             sys.exit(f"The original recipe has no reward scale for {cell.env}: give its inverse with --set ent_coef=...")
         result["ent_coef"] = 1 / ORIGINAL_REWARD_SCALES[name]
     for change, value in cell.changes.items():
-        if change.startswith("policy_kwargs."):
-            result["policy_kwargs"] = {**result.get("policy_kwargs", {}), change.removeprefix("policy_kwargs."): value}
+        group, _, name = change.partition(".")
+        if group == "policy_kwargs" and name:
+            result[group] = {**result.get(group, {}), name: value}
+        elif group == "particle_options" and name:
+            result[group] = replace(ParticleOptions.of(result.get(group)), **{name: value})
         elif change != "variant":
             result[change] = value
     return result

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_softq import SoftQ
+from sb3_softq.actor import SamplingActor
 from sb3_softq.base import MaximumEntropyAlgorithm
-from sb3_softq.policies import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, JointBatchNorm, ParticleCritic, SamplingActor
+from sb3_softq.critic import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, JointBatchNorm, ParticleCritic
 from sb3_softq.soft_value import mixture_log_prob, tanh_log_det
 
 # Further particles of the next states in the density of those of the soft value, as many as the actor's update has by default
@@ -43,12 +44,12 @@ def global_bandwidth() -> None:
         std = mean.std(dim=1, keepdim=True) * n_particles ** (-1 / (action_dim + 4))
         return th.log(std.clamp(0.1, 1.0)).expand_as(mean)
 
-    patch("sb3_softq.policies.local_log_std", scott).start()
+    patch("sb3_softq.actor.local_log_std", scott).start()
 
 
 def smoothing_floor() -> None:
     """No component narrower than 0.1 in units of the pre-tanh action."""
-    patch("sb3_softq.policies.LOG_STD_MIN", math.log(0.1)).start()
+    patch("sb3_softq.actor.LOG_STD_MIN", math.log(0.1)).start()
 
 
 def mean_value() -> None:
@@ -57,7 +58,8 @@ def mean_value() -> None:
     def mean(q_values: th.Tensor, log_prob_a: th.Tensor, ent_coef: th.Tensor) -> th.Tensor:
         return (q_values - ent_coef * log_prob_a).mean(dim=1)
 
-    patch("sb3_softq.softq.soft_value", mean).start()
+    for module in ("softq", "queries"):
+        patch(f"sb3_softq.{module}.soft_value", mean).start()
 
 
 def density_in_value() -> None:
@@ -65,13 +67,13 @@ def density_in_value() -> None:
 
     @th.no_grad()
     def propose(self: SoftQ, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
-        actor = self.averaged_actor
+        actor = self.ema_actor
         features = actor.features(obs)
         mean, log_std = actor.particles(features, actor.noise(len(features), n_particles + N_DENSITY_PARTICLES))
         u = mean[:, :n_particles] + th.exp(log_std[:, :n_particles]) * th.randn_like(mean[:, :n_particles])
         return u, mixture_log_prob(u, mean, log_std) - tanh_log_det(u)
 
-    patch.object(SoftQ, "_propose", propose).start()
+    patch.object(SoftQ, "propose", propose).start()
 
 
 def one_critic_in_stein_step() -> None:
@@ -82,7 +84,7 @@ def one_critic_in_stein_step() -> None:
             features = critic.features(obs)
         return critic.q_values(features, th.tanh(u))[0]
 
-    patch.object(SoftQ, "_min_q_values", staticmethod(first)).start()
+    patch("sb3_softq.softq.min_q_values", first).start()
 
 
 def explore_with_centres() -> None:

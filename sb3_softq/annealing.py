@@ -1,0 +1,43 @@
+"""Annealing of a fixed temperature: the actor starts hotter, so that modes are found before they are covered."""
+
+from dataclasses import dataclass
+
+# Factor of the temperature at the start. It falls to 1 within a part of training, or a number of updates if that is less:
+# exploration of a long run is not its business.
+FACTOR = 20.0
+PART_OF_TRAINING = 2 / 3
+N_UPDATES = 10_000
+
+
+@dataclass
+class Annealing:
+    """
+    The clock of ``annealing="auto"``.
+
+    :param done: How far it has come, from 0 to 1; it never goes back
+    :param length_is_known: Whether the length of training is known, or only how many updates there have been
+    """
+
+    done: float = 0.0
+    length_is_known: bool = True
+
+    def begin(self, num_timesteps: int, reset_num_timesteps: bool) -> None:
+        """
+        At every call of ``learn``.
+
+        :param num_timesteps: Number of steps so far
+        :param reset_num_timesteps: As ``learn`` was told
+        """
+        if reset_num_timesteps or num_timesteps == 0:
+            # from the first call on, learn(..., reset_num_timesteps=False) says that more will come
+            self.length_is_known = reset_num_timesteps
+
+    def factor(self, progress_remaining: float, n_updates: int) -> float:
+        """
+        :param progress_remaining: From 1 to 0
+        :param n_updates: Number of updates so far
+        :return: Factor of the temperature in the actor's step, from ``FACTOR`` to 1
+        """
+        part_done = (1.0 - progress_remaining) / PART_OF_TRAINING if self.length_is_known else 0.0
+        self.done = min(max(self.done, part_done, n_updates / N_UPDATES), 1.0)
+        return FACTOR + (1.0 - FACTOR) * self.done

@@ -1,0 +1,239 @@
+"""What Stable-Baselines3's off-policy algorithms lack: checks at the border, and trajectories that end at a reset."""
+
+import io
+import math
+from abc import abstractmethod
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_softq.checks import (
+    check_class,
+    check_device,
+    check_flag,
+    check_integer,
+    check_keywords,
+    check_learning_rate,
+    check_number,
+    check_train_freq,
+    check_type,
+)
+from sb3_softq.finite import check_finite, check_parameters
+from sb3_softq.replay import check_replay_buffer, end_trajectory
+from sb3_softq.spaces import UnsupportedSpaceError, check_observation_space, check_vec_normalize
+
+SelfChecked = TypeVar("SelfChecked", bound="CheckedOffPolicyAlgorithm")
+
+
+class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
+    """
+    Off-policy algorithm that refuses what cannot work when it is made, and stops at data that are not finite.
+
+    :param policy: The policy model to use
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param args: Further arguments of ``OffPolicyAlgorithm``, as ``kwargs``
+    :param verbose: Verbosity level
+    :param device: Device on which the code should be run
+    :param _init_setup_model: Whether the constructor sets up the model, which it does not where ``load`` does
+    :raises ValueError: if an argument is out of its range
+    """
+
+    # Whether the replay buffer ends with an episode of another run
+    _buffer_is_loaded = False
+    # Arguments that are converted to float if they came as another kind of number
+    floats: tuple[str, ...] = ("learning_rate",)
+    # Attributes that are converted to int if they came as another kind of number, and their smallest values
+    integers: ClassVar[dict[str, int]] = {
+        "buffer_size": 1,
+        "batch_size": 1,
+        "n_steps": 1,
+        "_stats_window_size": 1,
+        "learning_starts": 0,
+        "gradient_steps": -1,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[BasePolicy],
+        env: GymEnv | str,
+        *args: Any,
+        verbose: int,
+        device: th.device | str,
+        _init_setup_model: bool,
+        **kwargs: Any,
+    ):
+        # before SB3 uses them
+        check_type("env", env, (str, gym.Env, VecEnv), "an environment, its id,")
+        verbose = check_integer("verbose", int(verbose) if isinstance(verbose, bool) else verbose, 0)
+        check_device(device)
+        if env is not None:
+            env = maybe_make_env(env, verbose)
+            assert not isinstance(env, str)
+            check_observation_space(env.observation_space)
+            self._check_action_space(env.action_space)
+        policy_kwargs = kwargs.get("policy_kwargs")
+        if isinstance(policy_kwargs, dict) and policy_kwargs.get("use_sde") is False:
+            # SAC leaves it in the dict that it was given, which a user may pass to us next
+            kwargs["policy_kwargs"] = {key: value for key, value in policy_kwargs.items() if key != "use_sde"}
+        kwargs |= dict(verbose=verbose, device=device, sde_support=False, support_multi_env=True)
+        super().__init__(policy, env, *args, **kwargs)
+        self._is_loaded = not _init_setup_model
+
+    @staticmethod
+    @abstractmethod
+    def _check_action_space(space: spaces.Space) -> None:
+        """Raise a ValueError if the algorithm cannot act in this space."""
+
+    def _check_arguments(self) -> None:
+        if getattr(self, "observation_space", None) is None:
+            raise ValueError("env=None is not allowed: it must be an environment or its id")
+        check_class("policy", self.policy_class, self.policy_aliases["MlpPolicy"])
+        check_type("policy_kwargs", self.policy_kwargs, (dict,), "a dict")
+        check_type("replay_buffer_kwargs", self.replay_buffer_kwargs, (dict,), "a dict")
+        check_class("replay_buffer_class", self.replay_buffer_class, ReplayBuffer, optional=True)
+        check_type("action_noise", self.action_noise, (ActionNoise,), "an ActionNoise")
+        check_type("tensorboard_log", self.tensorboard_log, (str, PathLike), "a path")
+        if self.seed is not None:
+            self.seed = check_integer("seed", self.seed, 0, 2**32 - 1)
+        self.train_freq = check_train_freq(self.train_freq, self.n_envs)
+        # The RL Zoo loads agents that are only to act with a learning rate of 0
+        check_learning_rate("learning_rate", self.learning_rate, may_be_zero=self._is_loaded)
+        for name, minimum in self.integers.items():
+            setattr(self, name, check_integer(name.removeprefix("_"), getattr(self, name), minimum))
+        check_number("tau", self.tau, 0.0, 1.0)
+        check_number("gamma", self.gamma, 0.0, 1.0)
+        check_flag("optimize_memory_usage", self.optimize_memory_usage)
+        has_dict = isinstance(self.observation_space, spaces.Dict)
+        check_replay_buffer(self.replay_buffer_class, self.n_steps, self.optimize_memory_usage, has_dict)
+        check_keywords("policy_kwargs", self.policy_kwargs, self.policy_class)
+        if self.env is not None:
+            check_vec_normalize(self.env)
+
+    def _setup_model(self) -> None:
+        # here, not in the constructor: load() fills in the arguments later
+        self._check_arguments()
+        self._convert_numbers()
+        # SB3 writes the buffer that it chooses over these two, and load() would take it for the user's
+        given = self.replay_buffer_class, self.replay_buffer_kwargs
+        self.replay_buffer_kwargs = self.replay_buffer_kwargs.copy()
+        try:
+            super()._setup_model()
+        except (AssertionError, AttributeError, RuntimeError) as error:
+            # of the networks, for instance a NatureCNN that is given no image
+            raise UnsupportedSpaceError(
+                f"policy={self.policy_class.__name__!r} with policy_kwargs={self.policy_kwargs!r} is not allowed: it must be "
+                f"one that can be built for observation_space={self.observation_space!r} ({type(error).__name__}: {error})"
+            ) from error
+        self.replay_buffer_class, self.replay_buffer_kwargs = given
+
+    def _convert_numbers(self) -> None:
+        """FloatSchedule takes few of numpy's numbers."""
+        for name in self.floats:
+            if isinstance(getattr(self, name), int | np.number):
+                setattr(self, name, float(getattr(self, name)))
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        raw_obs, raw_reward = new_obs, reward
+        if self._vec_normalize_env is not None:
+            raw_obs, raw_reward = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
+        # observations first: a reward may have been computed from them
+        check_finite("observation", raw_obs, self.num_timesteps, space=self.observation_space)
+        # new_obs is the next episode's first one by then
+        for env_idx in np.flatnonzero(dones):
+            last_obs = infos[env_idx].get("terminal_observation")
+            if last_obs is not None:
+                check_finite("last observation", last_obs, self.num_timesteps, int(env_idx), self.observation_space)
+        check_finite("reward", raw_reward, self.num_timesteps)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        self._begin_learning(reset_num_timesteps)
+        resets = reset_num_timesteps or self._last_obs is None
+        if self.replay_buffer is not None and (resets or self._buffer_is_loaded):
+            # what comes next is another episode: SB3 resets the environment, or the buffer came from another run
+            end_trajectory(self.replay_buffer)
+            self._buffer_is_loaded = False
+        total_timesteps, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
+        check_finite("first observation", first_obs, self.num_timesteps, space=self.observation_space)
+        return total_timesteps, callback
+
+    def _begin_learning(self, reset_num_timesteps: bool) -> None:
+        """What an algorithm does at every call of ``learn``, before the environment is reset."""
+
+    def load_replay_buffer(self, path: str | Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: Whether the last episode in it ends there, with HER at once and else when training goes on
+            (by default), or is the one that training goes on with
+        """
+        super().load_replay_buffer(path, truncate_last_traj)
+        self._buffer_is_loaded = truncate_last_traj
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        env = self._wrap_env(env, self.verbose)
+        check_vec_normalize(env)
+        super().set_env(env, force_reset)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may go on beyond the end, where no schedule was tried
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def learn(
+        self: SelfChecked,
+        total_timesteps: float,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfChecked:
+        check_number("total_timesteps", 0 if total_timesteps == math.inf else total_timesteps, 0.0)
+        super().learn(
+            # SB3 compares it with a step count: let 1e6 be written, and inf where a callback stops training
+            total_timesteps=total_timesteps if total_timesteps == math.inf else int(total_timesteps),  # type: ignore[arg-type]
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+        # the losses of the last update were those before it
+        check_parameters(self.policy, self.num_timesteps)
+        return self
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_is_loaded"]
