@@ -105,8 +105,10 @@ class ComposedSoftQ(SoftQ):
         """They are given."""
         return {}
 
-    def _update_target(self) -> None:
+    @property
+    def _has_target(self) -> bool:
         """There is nothing to follow."""
+        return False
 
 
 def compose(
@@ -158,9 +160,8 @@ def compose(
     model = ComposedSoftQ(ComposedPolicy, None, **settings, _init_setup_model=False)  # type: ignore[arg-type]
     model.observation_space, model.action_space, model.n_envs = first.observation_space, first.action_space, n_envs
     model._setup_model()
-    for critics in (model.critic.critics, model.critic_target.critics):
-        for copy, agent in zip(critics, agents, strict=True):  # type: ignore[arg-type]
-            copy.load_state_dict(agent.critic.state_dict())
+    for copy, agent in zip(model.critic.critics, agents, strict=True):  # type: ignore[arg-type]
+        copy.load_state_dict(agent.critic.state_dict())
     assert model.replay_buffer is not None
     _fill(model.replay_buffer, buffers)
     if env is not None:

@@ -61,7 +61,7 @@ class SoftQPolicy(BasePolicy):
     actor: SamplingActor
     ema_actor: SamplingActor
     critic: ParticleCritic
-    critic_target: ParticleCritic
+    critic_target: ParticleCritic | None
     _ema_output: th.Tensor
 
     def __init__(
@@ -119,10 +119,7 @@ class SoftQPolicy(BasePolicy):
         self.ema_actor.freeze()
         self.n_averaged = 0.0
         self.critic = self.make_critic(self.actor.features_extractor if share_features_extractor else None)
-        # The target never shares its features extractor
-        self.critic_target = self.make_critic()
-        self.critic_target.load_state_dict(self.critic.state_dict())
-        self.critic_target.freeze()
+        self.critic_target = None
 
         self.actor.optimizer = self._make_optimizer(list(self.actor.parameters()), lr_schedule)
         self._ema_version = self._actor_version()
@@ -217,6 +214,17 @@ class SoftQPolicy(BasePolicy):
         self.sync_ema_actor()
         super().set_training_mode(mode)
 
+    def build_target(self) -> None:
+        """
+        Make ``critic_target``, target networks that are a copy of the critics, where they are needed: critics with batch
+        normalisation can be their own target. They never share a features extractor.
+        """
+        with th.random.fork_rng(devices=[]):
+            target = self.make_critic()
+        target.load_state_dict(self.critic.state_dict())
+        target.freeze()
+        self.critic_target = target
+
     # ------------------------------------------------------------------ the EMA actor
 
     @property
@@ -284,6 +292,10 @@ class SoftQPolicy(BasePolicy):
         old, new = prefix + "averaged_actor.", prefix + "ema_actor."
         for key in [key for key in state_dict if key.startswith(old)]:
             state_dict[new + key.removeprefix(old)] = state_dict.pop(key)
+        if self.critic_target is None:
+            # release 0.1.0 saved target networks that nobody asked
+            for key in [key for key in state_dict if key.startswith(prefix + "critic_target.")]:
+                state_dict.pop(key)
         n_averaged = state_dict.pop(prefix + "n_averaged", None)
         if n_averaged is not None:
             self.n_averaged = float(n_averaged)
@@ -312,7 +324,8 @@ class SoftQPolicy(BasePolicy):
         self.__dict__.setdefault("n_averaged", MATURE)
         self.register_buffer("_ema_output", self._output_layer(), persistent=False)
         self.ema_actor.freeze()
-        self.critic_target.freeze()
+        if self.critic_target is not None:
+            self.critic_target.freeze()
 
 
 MlpPolicy = SoftQPolicy

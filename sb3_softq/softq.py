@@ -106,7 +106,6 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
     policy: SoftQPolicy
     actor: SamplingActor
     critic: ParticleCritic
-    critic_target: ParticleCritic
     action_space: spaces.Box
     floats = (*MaximumEntropyAlgorithm.floats, "actor_learning_rate")
     integers: ClassVar[dict[str, int]] = MaximumEntropyAlgorithm.integers | {
@@ -196,6 +195,7 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
 
     def update_critic(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the critics, see :meth:`critic_loss`."""
+        self._build_target()
         return self._minimize(type(self).critic_loss, self.critic.optimizer, replay_data, ent_coef)
 
     def critic_loss(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> LossAndStats:
@@ -220,7 +220,7 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
             q_values = th.stack(self.critic(obs, actions))
         with th.no_grad():
             if self._has_target:
-                next_q_values = self.critic_target.q_values(self.critic_target.features(next_obs), next_actions)
+                next_q_values = self.critic_target.q_values(self.critic_target.features(next_obs), next_actions)  # type: ignore[union-attr]
             # (n_critics, batch_size, n_value_particles) -> (batch_size, n_value_particles)
             next_q_values = next_q_values.amin(dim=0)
             next_values = soft_value(next_q_values, log_prob_a, ent_coef).unsqueeze(1)
@@ -243,6 +243,20 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
     def _has_target(self) -> bool:
         """Whether the soft value is that of the target critics: not where critics with batch normalisation are their own."""
         return not self.policy.batch_norm or self.tau < 1.0 or self.target_update_interval > 1
+
+    @property
+    def critic_target(self) -> ParticleCritic | None:  # type: ignore[override]
+        """Target networks, None where the critics are their own target."""
+        return self.policy.critic_target
+
+    def _build_target(self) -> None:
+        """Target networks where they are used: ``tau`` may change on the way."""
+        if self._has_target and self.policy.critic_target is None:
+            self.policy.build_target()
+
+    def _update_target(self) -> None:
+        if self._has_target:
+            super()._update_target()
 
     # ------------------------------------------------------------------ the actor's update
 
@@ -388,7 +402,7 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
         self.critic = self.policy.critic
-        self.critic_target = self.policy.critic_target
+        self._build_target()
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"

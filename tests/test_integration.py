@@ -103,7 +103,7 @@ class Counting(BaseFeaturesExtractor):
 def test_custom_extractors_see_each_state_once(share):
     kwargs = dict(features_extractor_class=Counting, share_features_extractor=share, net_arch=[8])
     model = make(SoftQ, "Pendulum-v1", policy_kwargs=kwargs, n_actor_states=4, n_value_particles=8).learn(8)
-    networks = model.actor, model.ema_actor, model.critic, model.critic_target
+    networks = model.actor, model.ema_actor, model.critic
     extractors = {id(e): e for e in (x.features_extractor for x in networks)}
     for extractor in extractors.values():
         extractor.rows.clear()

@@ -48,7 +48,7 @@ def make(policy="MlpPolicy", env="Pendulum-v1", **kwargs):
 
 def check_training(model, n_timesteps=24):
     """Train: actor, critic and target move, and everything that is learned or logged is finite."""
-    modules = [model.actor, model.ema_actor, model.critic, model.critic_target]
+    modules = [m for m in (model.actor, model.ema_actor, model.critic, model.critic_target) if m is not None]
     before = [flat(module) for module in modules]
     model.learn(n_timesteps)
     assert model._n_updates > 0
@@ -71,7 +71,7 @@ def hidden_sizes(net, n_outputs=1):
     [([], [], []), ([4], [4], [4]), ([4, 6], [4, 6], [4, 6]), ({"pi": [8, 4], "qf": [6]}, [8, 4], [6])],
 )
 def test_net_arch(net_arch, actor_sizes, critic_sizes):
-    model = make(policy_kwargs={"net_arch": net_arch})
+    model = make(policy_kwargs={"net_arch": net_arch}, tau=0.5)
     assert hidden_sizes(model.actor.trunk, n_outputs=0) == actor_sizes
     for critic in (model.critic, model.critic_target):
         assert [hidden_sizes(net) for net in critic.q_networks] == [critic_sizes] * 2
@@ -106,7 +106,7 @@ def test_n_critics(n_critics):
 
 @pytest.mark.parametrize("activation_fn", [nn.Tanh, nn.ELU, nn.ReLU])
 def test_activation(activation_fn):
-    model = make(policy_kwargs={"activation_fn": activation_fn})
+    model = make(policy_kwargs={"activation_fn": activation_fn}, tau=0.5)
     for net in (model.actor.trunk, model.actor.head, *model.critic.q_networks, *model.critic_target.q_networks):
         assert any(isinstance(layer, activation_fn) for layer in net)
     check_training(model)
@@ -449,12 +449,18 @@ def test_policy_delay():
     assert np.isfinite(model.logger.name_to_value["train/actor_loss"])
 
 
-def test_training_uses_a_new_tau():
-    """Callbacks may change it on the way."""
-    model = make().learn(20)
-    model.tau = 1.0
+def test_training_uses_a_new_tau(tmp_path):
+    """Callbacks may change it on the way: target networks are there from then on, and come with the agent that is saved."""
+    model = make(learning_rate=1e-2).learn(20)
+    assert model.critic_target is None
+    assert not [name for name in model.policy.state_dict() if "target" in name]
+    before = flat(model.critic)
+    model.tau = 0.25
     model.train(gradient_steps=1, batch_size=8)
-    assert th.equal(flat(model.critic_target), flat(model.critic))
+    th.testing.assert_close(flat(model.critic_target), before + 0.25 * (flat(model.critic) - before))
+    model.save(tmp_path / "model")
+    loaded = SoftQ.load(tmp_path / "model", device="cpu")
+    assert th.equal(flat(loaded.critic_target), flat(model.critic_target))
 
 
 @pytest.mark.parametrize("train_freq", [5, (5, "step"), (1, "episode")])
@@ -536,6 +542,7 @@ def test_cnn_policy(share_features_extractor):
             "features_extractor_kwargs": {"features_dim": 8},
             "share_features_extractor": share_features_extractor,
         },
+        tau=0.5,
     )
     assert is_vecenv_wrapped(model.get_env(), VecTransposeImage)
     assert (model.actor.features_extractor is model.critic.features_extractor) == share_features_extractor
