@@ -7,7 +7,7 @@ One change each against SoftQ's defaults: is it worth it?
     python examples/benchmark/ablations.py table
 
 ``run`` trains the cells that have not finished (``learning.py run``) into logs/ablations. ``table`` adds them to
-results/ablations.csv and prints the table of README.md.
+results/ablations.csv and prints the table of decisions.md.
 """
 
 import argparse
