@@ -6,7 +6,7 @@ One change each against SoftQ's defaults: is it worth it?
     python examples/benchmark/ablations.py run --envs Walker2d-v4 --steps 60000 --only narrow-start
     python examples/benchmark/ablations.py table
 
-``run`` trains the cells that have not finished (``learning.py run``) into logs/ablations. ``table`` adds them to
+``run`` trains the runs that have not finished (``learning.py run``) into logs/ablations. ``table`` adds them to
 results/ablations.csv and prints the table of decisions.md.
 """
 
@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from learning import CHECKPOINT_FREQ, HERE, LOGS, Cell, make_parser, positive, read_rows, run_cells
+from learning import CHECKPOINT_FREQ, HERE, LOGS, Run, make_parser, positive, read_rows, train_runs
 
 # Not that of the results: ablations decide about settings
 EVALUATION_SEED = 5_000
@@ -61,9 +61,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def run(args: argparse.Namespace) -> None:
-    run_cells(
+    train_runs(
         [
-            Cell(
+            Run(
                 label=label,
                 algo="softq",
                 env=env,
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logs", type=Path, default=LOGS.parent / "ablations")
     subparsers = parser.add_subparsers(required=True)
-    command = subparsers.add_parser("run", help="train the cells that have not finished")
+    command = subparsers.add_parser("run", help="train the runs that have not finished")
     command.set_defaults(command=run)
     command.add_argument("--envs", nargs="+", default=["HalfCheetah-v4"])
     command.add_argument("--seeds", nargs="+", type=int, default=[35, 36, 37])

@@ -1,5 +1,5 @@
 """
-What an ablation changes and no argument of SoftQ does. Each function changes one thing in this process, for good: a cell of
+What an ablation changes and no argument of SoftQ does. Each function changes one thing in this process, for good: a run of
 the benchmark has a process of its own (``learning.py run --algos softq --set variant=narrow_start``).
 """
 
