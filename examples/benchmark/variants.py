@@ -9,11 +9,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch as th
+import torch.nn.functional as F
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
 
 from sb3_softq import SoftQ
 from sb3_softq.base import MaximumEntropyAlgorithm
-from sb3_softq.policies import ParticleCritic, SamplingActor
+from sb3_softq.policies import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, JointBatchNorm, ParticleCritic, SamplingActor
 from sb3_softq.soft_value import mixture_log_prob, tanh_log_det
 
 # Further particles of the next states in the density of those of the soft value, as many as the actor's update has by default
@@ -113,6 +115,15 @@ def joint_gradient() -> None:
     included, not through the transitions alone.
     """
 
+    def joint_forward(net: nn.Module, pairs: th.Tensor) -> th.Tensor:
+        for layer in net.children():
+            if isinstance(layer, JointBatchNorm):
+                statistics, affine = (layer.running_mean, layer.running_var), (layer.weight, layer.bias)
+                pairs = F.batch_norm(pairs, *statistics, *affine, True, BATCH_NORM_MOMENTUM, BATCH_NORM_EPS)
+            else:
+                pairs = layer(pairs)
+        return pairs
+
     def joint_q_values(
         self: ParticleCritic, obs: PyTorchObs, actions: th.Tensor, next_obs: PyTorchObs, next_actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
@@ -121,7 +132,7 @@ def joint_gradient() -> None:
             next_features = self.features(next_obs).repeat_interleave(n_particles, dim=0)
         features = th.cat([self.features(obs), next_features])
         pairs = th.cat([features, th.cat([actions, next_actions.flatten(0, 1)])], dim=1)
-        q_values = th.stack([net(pairs) for net in self.q_networks]).float()
+        q_values = th.stack([joint_forward(net, pairs) for net in self.q_networks]).float()
         q_values, next_q_values = q_values.split([batch_size, batch_size * n_particles], dim=1)
         return q_values, next_q_values.detach().unflatten(1, (batch_size, n_particles)).squeeze(3)
 
