@@ -1,4 +1,4 @@
-"""The recipe of 2017 (Haarnoja et al., https://arxiv.org/abs/1702.08165, and its code) as arguments of SoftQ."""
+"""SQL (2017) (Haarnoja et al., https://arxiv.org/abs/1702.08165, and its code) as arguments of SoftQ."""
 
 from typing import Any
 

@@ -52,7 +52,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         policy_kwargs=dict(net_arch=[400, 300]),
     ),
     "tqc": dict(learning_starts=10_000),
-    # Haarnoja et al. 2017, see README.md
+    # SQL (2017), see README.md
     "original": dict(batch_size=128, n_actor_states=128, policy_kwargs=original_policy([128, 128]), **ORIGINAL),
 }
 # The RL Zoo's own exceptions
@@ -62,7 +62,7 @@ ENV_ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("tqc", "Swimmer"): dict(gamma=0.999),
     ("tqc", "Hopper"): dict(top_quantiles_to_drop_per_net=5),
 }
-# The original has no automatic temperature
+# SQL (2017) has no automatic temperature
 ORIGINAL_REWARD_SCALES = {"Walker2d": 10, "HalfCheetah": 30, "Hopper": 30, "Swimmer": 30, "Humanoid": 100, "Ant": 300}
 
 N_EPISODES = 10
@@ -87,7 +87,7 @@ def arguments(run: Run) -> dict[str, Any]:
     result = {"buffer_size": min(1_000_000, run.steps), **ARGUMENTS[run.algo], **ENV_ARGUMENTS.get((run.algo, name), {})}
     if run.algo == "original" and "ent_coef" not in run.changes:
         if name not in ORIGINAL_REWARD_SCALES:
-            sys.exit(f"The original recipe has no reward scale for {run.env}: give its inverse with --set ent_coef=...")
+            sys.exit(f"SQL (2017) has no reward scale for {run.env}: give its inverse with --set ent_coef=...")
         result["ent_coef"] = 1 / ORIGINAL_REWARD_SCALES[name]
     for change, value in run.changes.items():
         if change.startswith("policy_kwargs."):
@@ -367,7 +367,7 @@ def main() -> None:
     run = Run(**json.loads(sys.argv[1]))
     threading.Thread(target=stop_with_parent, daemon=True).start()
     th.set_num_threads(1)
-    # Products by oneDNN instead of MKL, which is slow on processors of other makers. It may use bfloat16 where that is faster
+    # Matmuls by oneDNN instead of MKL, which is slow on processors of other makers. It may use bfloat16 where that is faster
     # than float32, with AMX; elsewhere the numbers are float32's.
     th.set_float32_matmul_precision("medium")
     make_variant(run)
