@@ -179,7 +179,7 @@ def variant(training_run):
     patch.stopall()
 
 
-@pytest.mark.parametrize(("algo", "name"), [("sac", "narrow_start"), ("softq", "narow_start")])
+@pytest.mark.parametrize(("algo", "name"), [("sac", "no_wide_initialisation"), ("softq", "no_wide_initialization")])
 def test_variant_that_would_do_nothing(training_run, algo: str, name: str):
     with pytest.raises(SystemExit, match=f"variant='{name}' of {algo} is not known"):
         training_run.make_variant(SimpleNamespace(algo=algo, changes={"variant": name}))
@@ -192,13 +192,13 @@ def small_agent(training_run, **kwargs):
 OBSERVATIONS = th.randn(500, 3, generator=th.Generator().manual_seed(0))
 
 
-def test_variant_narrow_start(training_run, variant):
+def test_variant_no_wide_initialisation(training_run, variant):
     def spread() -> float:
         actor = small_agent(training_run).actor
         return actor.particles(actor.features(OBSERVATIONS), actor.noise(500, 4))[0].std().item()
 
     assert 0.8 < spread() < 1.2
-    variant("narrow_start")
+    variant("no_wide_initialisation")
     assert spread() < 0.4
 
 
@@ -261,9 +261,9 @@ def test_variant_joint_gradient(training_run, variant):
     assert (joint_other - other).norm() > 0.05 * other.norm()
 
 
-def test_variant_average_collects_half(training_run, variant):
-    """Episodes 1, 3, ... of Pendulum, of 200 steps each, are collected by the averaged actor."""
-    variant("average_collects_half")
+def test_variant_ema_actor_collects_half(training_run, variant):
+    """Episodes 1, 3, ... of Pendulum, of 200 steps each, are collected by the EMA actor."""
+    variant("ema_actor_collects_half")
     model = small_agent(training_run, learning_starts=0, train_freq=600)
     collectors = []
     forward = SamplingActor.forward
@@ -277,31 +277,36 @@ def test_variant_average_collects_half(training_run, variant):
     assert collectors == [True] * 200 + [False] * 200 + [True] * 200
 
 
-def test_variant_explore_with_centres(training_run, variant):
-    """With almost no shift, centres are the noise xi, and smoothing noise of 0.7 makes the actions wider."""
+def test_variant_explore_with_component_means(training_run, variant):
+    """With almost no shift, component means are the noise xi, and smoothing noise of 0.7 makes the actions wider."""
     policy = small_agent(training_run, policy_kwargs=dict(log_std_init=-0.3)).policy
 
     def spread(actor: SamplingActor) -> float:
         return th.atanh(actor._predict(OBSERVATIONS).clamp(-0.9999, 0.9999)).std().item()
 
     wide = spread(policy.actor)
-    variant("explore_with_centres")
+    variant("explore_with_component_means")
     assert spread(policy.actor) < wide - 0.1
     assert spread(policy.averaged_actor) == pytest.approx(wide, rel=0.1)
 
 
 def test_ablations(tmp_path: Path):
     """Too short to learn: runs of their labels, and the table."""
-    script = [*("run", "--envs", "Pendulum-v1", "--seeds", "1", "--steps", "201"), "--only", "defaults", "narrow-start"]
+    script = [
+        *("run", "--envs", "Pendulum-v1", "--seeds", "1", "--steps", "201"),
+        "--only",
+        "defaults",
+        "no-wide-initialisation",
+    ]
     call(tmp_path, *script, script=ABLATIONS)
     output = call(tmp_path, "table", "--csv", "ablations.csv", script=ABLATIONS)
     rows = read(tmp_path / "ablations.csv")
     assert {(row["label"], row["env"], row["seed"]) for row in rows} == {
-        (label, "Pendulum-v1", "1") for label in ("defaults", "narrow-start")
+        (label, "Pendulum-v1", "1") for label in ("defaults", "no-wide-initialisation")
     }
     returns = {row["label"]: float(row["deterministic_mean"]) for row in rows if row["step"] == "201"}
     table = {line.split("`")[1]: [x.strip() for x in line.split("|")[2:-1]] for line in output.splitlines() if "`" in line}
-    assert list(table) == ["defaults", "narrow-start"]
+    assert list(table) == ["defaults", "no-wide-initialisation"]
     for label, cells in table.items():
         assert cells[2:] == [
             f"{returns[label]:,.0f}",
@@ -311,9 +316,11 @@ def test_ablations(tmp_path: Path):
     # without the defaults there is nothing to compare with
     shutil.rmtree(tmp_path / "logs" / "ablations" / "defaults")
     output = call(tmp_path, "table", "--csv", "alone.csv", script=ABLATIONS)
-    assert f"| {returns['narrow-start']:,.0f} (1) |  |" in output
-    config = json.loads((tmp_path / "logs" / "ablations" / "narrow-start" / "Pendulum-v1" / "1" / "config.json").read_text())
-    assert config["changes"] == {"compile": True, "variant": "narrow_start"}
+    assert f"| {returns['no-wide-initialisation']:,.0f} (1) |  |" in output
+    config = json.loads(
+        (tmp_path / "logs" / "ablations" / "no-wide-initialisation" / "Pendulum-v1" / "1" / "config.json").read_text()
+    )
+    assert config["changes"] == {"compile": True, "variant": "no_wide_initialisation"}
     # what is decided on is not what results are measured on
     assert config["evaluation_seed"] == 5_000
 

@@ -2,8 +2,8 @@
 One change each against SoftQ's defaults: is it worth it?
 
     python examples/benchmark/ablations.py run    # HalfCheetah-v4, 30,000 steps, seeds 35 to 37: five hours on two cores
-    python examples/benchmark/ablations.py run --only policy-delay-2 imq-kernel
-    python examples/benchmark/ablations.py run --envs Walker2d-v4 --steps 60000 --only narrow-start
+    python examples/benchmark/ablations.py run --only policy-delay-2 delta-kernel
+    python examples/benchmark/ablations.py run --envs Walker2d-v4 --steps 60000 --only no-wide-initialisation
     python examples/benchmark/ablations.py table
 
 ``run`` trains the runs that have not finished (``learning.py run``) into logs/ablations. ``table`` adds them to
@@ -24,12 +24,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "policy-delay-2": dict(policy_delay=2),
     # the sampler
-    "narrow-start": dict(variant="narrow_start"),
+    "no-wide-initialisation": dict(variant="no_wide_initialisation"),
     "local-smoothing": {"policy_kwargs.smoothing": "local"},
     "global-smoothing": {"policy_kwargs.smoothing": "local", "variant": "global_bandwidth"},
     "smoothing-floor": dict(variant="smoothing_floor"),
-    "explore-with-centres": dict(variant="explore_with_centres"),
-    "no-averaged-actor": dict(actor_tau=1.0),
+    "explore-with-component-means": dict(variant="explore_with_component_means"),
+    "no-ema-actor": dict(actor_tau=1.0),
     # the soft value
     "1-value-particle": dict(n_value_particles=1),
     "4-value-particles": dict(n_value_particles=4),
@@ -38,7 +38,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "density-in-value": dict(variant="density_in_value"),
     "1-value-particle-density": dict(n_value_particles=1, variant="density_in_value"),
     "mean-value": dict(variant="mean_value"),
-    "mixture-proposal": dict(proposal="mixture"),
     "uniform-proposal": dict(proposal="uniform"),
     # the Stein step
     "4x128-actor-particles": dict(n_actor_states=128),
@@ -48,7 +47,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "16x64-actor-particles": dict(n_actor_particles=16, n_actor_states=64),
     "32x32-actor-particles": dict(n_actor_particles=32, n_actor_states=32),
     "delta-kernel": dict(kernel="delta"),
-    "imq-kernel": dict(kernel="imq"),
     "kernel-repulsion": dict(repulsion="kernel"),
     "one-critic-in-stein-step": dict(variant="one_critic_in_stein_step"),
     # temperature and critics

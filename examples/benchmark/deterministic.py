@@ -24,7 +24,7 @@ Candidate = Callable[[SoftQ, th.Tensor], th.Tensor]
 
 
 def bank(model: SoftQ, obs: th.Tensor, trained: bool = False) -> tuple[th.Tensor, th.Tensor]:
-    """Centres and log standard deviations of the fixed bank of particles, shape (1, n_bank, action_dim)."""
+    """Component means and log standard deviations of the fixed bank of particles, shape (1, n_bank, action_dim)."""
     actor = model.actor if trained else model.averaged_actor
     return actor.particles(actor.features(obs), actor.xi_bank.unsqueeze(0))
 
@@ -45,19 +45,19 @@ def mode(model: SoftQ, obs: th.Tensor, densest: bool = False, trained: bool = Fa
 
 
 def medoid(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    centres, _ = bank(model, obs)
-    return centres[:, th.cdist(centres, centres).sum(dim=2).argmin()]
+    means, _ = bank(model, obs)
+    return means[:, th.cdist(means, means).sum(dim=2).argmin()]
 
 
 def best_by_q(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    centres, _ = bank(model, obs)
-    return centres[:, q_values(model, obs, centres).argmax()]
+    means, _ = bank(model, obs)
+    return means[:, q_values(model, obs, means).argmax()]
 
 
 def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    centres, _ = bank(model, obs)
-    weights = th.softmax(q_values(model, obs, centres) / model.ent_coef_tensor, dim=1)
-    return (weights.unsqueeze(2) * centres).sum(dim=1)
+    means, _ = bank(model, obs)
+    weights = th.softmax(q_values(model, obs, means) / model.ent_coef_tensor, dim=1)
+    return (weights.unsqueeze(2) * means).sum(dim=1)
 
 
 CANDIDATES: dict[str, Candidate] = {
