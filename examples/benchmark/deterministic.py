@@ -8,12 +8,12 @@ Each zip is a SoftQ agent saved by ``model.save``; its environment is the name o
 """
 
 import argparse
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch as th
 from bandits import SHORT_TRAINING, Bandit
 
@@ -119,10 +119,7 @@ def main() -> None:
             *(f"{row['task']} {row['return']:.1f} +- {row['standard_error']:.1f}" for row in rows[-len(tasks) :]),
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(args.out, index=False)
     print(f"Table: {args.out}")
 
 

@@ -8,12 +8,13 @@ the soft value after 4,500 updates, and writes ``examples/benchmark/results/fide
 """
 
 import argparse
-import csv
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import torch as th
 from bandits import CASES, SHORT_TRAINING, boltzmann, total_variation
 from stable_baselines3 import SAC
@@ -73,17 +74,11 @@ def main() -> None:
     args = parser.parse_args()
     th.set_num_threads(1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        fields = ["variant", "case", "seed", "total_variation", "soft_value_error"]
-        writer = csv.DictWriter(file, fieldnames=fields)
-        writer.writeheader()
-        for variant in args.variants:
-            for case in args.cases:
-                for seed in args.seeds:
-                    row = measure(variant, case, seed)
-                    writer.writerow(row)
-                    file.flush()
-                    print(*row.values(), sep="  ", flush=True)
+    rows = []
+    for variant, case, seed in product(args.variants, args.cases, args.seeds):
+        rows.append(measure(variant, case, seed))
+        pd.DataFrame(rows).to_csv(args.out, index=False)
+        print(*rows[-1].values(), sep="  ", flush=True)
 
 
 if __name__ == "__main__":
