@@ -71,7 +71,7 @@ def test_killed_run_continues(tmp_path: Path):
     name = "{}-learning_starts=100-train_freq=4-gradient_steps=1"
     softq, sac = (tmp_path / "logs" / name.format(algo) / "Pendulum-v1" / "3" for algo in ("softq", "sac"))
 
-    # Killed in the second half of the first cell, when there is something to continue
+    # Killed in the second half of the first run, when there is something to continue
     process = start(tmp_path, *RUN)
     wait_until(lambda: any(softq.glob("checkpoints/checkpoint-*")), process)
     process.send_signal(signal.SIGKILL)
@@ -86,14 +86,14 @@ def test_killed_run_continues(tmp_path: Path):
     assert "finished after" in output
     assert "resumed from step 300" in log.read_text()
     assert log.read_text().count("started") == 1
-    for cell in (softq, sac):
-        rows = read(cell / "evaluations.csv")
+    for run in (softq, sac):
+        rows = read(run / "evaluations.csv")
         assert [int(row["step"]) for row in rows] == list(range(EVAL_FREQ, STEPS + 1, EVAL_FREQ))
         assert np.all(np.diff([float(row["hours"]) for row in rows]) > 0)
         assert all(-2000 < float(row[f"{kind}_mean"]) < 0 for row in rows for kind in ("deterministic", "stochastic"))
         assert all(float(row["temperature"]) > 0 for row in rows)
-        assert (cell / "model.zip").exists()
-        assert not (cell / "checkpoints").exists()
+        assert (run / "model.zip").exists()
+        assert not (run / "checkpoints").exists()
         # Pendulum is always cut off, and too early for a return to compare Q with
         assert rows[0]["q_bias"] == ""
     assert all(float(row["effective_sample_size"]) >= 1 for row in read(softq / "evaluations.csv"))
@@ -123,12 +123,12 @@ def test_killed_run_continues(tmp_path: Path):
 
 
 @pytest.fixture
-def train_cell(monkeypatch):
+def training_run(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    return importlib.import_module("train_cell")
+    return importlib.import_module("training_run")
 
 
-def test_evaluation_leaves_random_numbers_alone(train_cell):
+def test_evaluation_leaves_random_numbers_alone(training_run):
     def draw() -> tuple[float, float, float]:
         return random.random(), np.random.random(), th.rand(1).item()
 
@@ -136,76 +136,76 @@ def test_evaluation_leaves_random_numbers_alone(train_cell):
     expected = draw(), draw()
     random.seed(1), np.random.seed(1), th.manual_seed(1)
     first = draw()
-    with train_cell.own_randomness(7):
+    with training_run.own_randomness(7):
         inside = draw()
     assert (first, draw()) == expected
-    with train_cell.own_randomness(7):
+    with training_run.own_randomness(7):
         assert draw() == inside
 
 
-def test_q_against_returns(train_cell, monkeypatch):
+def test_q_against_returns(training_run, monkeypatch):
     """By hand, with Q = 7, entropy bonus 2, reward 1, gamma = 0.5: what is missing weighs below 1 % after 7 steps."""
-    monkeypatch.setattr(train_cell, "q_values", lambda model, observations, actions: np.full(len(actions), 7.0))
-    monkeypatch.setattr(train_cell, "entropy_bonus", lambda model, observations: np.full(len(observations), 2.0))
+    monkeypatch.setattr(training_run, "q_values", lambda model, observations, actions: np.full(len(actions), 7.0))
+    monkeypatch.setattr(training_run, "entropy_bonus", lambda model, observations: np.full(len(observations), 2.0))
     model = SimpleNamespace(gamma=0.5)
 
     def episode(length: int, terminated: bool):
-        return train_cell.Episode(np.zeros((length, 3)), np.zeros((length, 1)), np.ones(length), terminated)
+        return training_run.Episode(np.zeros((length, 3)), np.zeros((length, 1)), np.ones(length), terminated)
 
     # returns of the three pairs: 1 + 0.5 (2 + 2.5), 1 + 0.5 (2 + 1), 1
-    q, bias = train_cell.q_against_returns(model, [episode(3, True), episode(7, False)])
+    q, bias = training_run.q_against_returns(model, [episode(3, True), episode(7, False)])
     assert (q, bias) == pytest.approx((7.0, 7.0 - (3.25 + 2.5 + 1.0) / 3))
     # without end: r + gamma (2 + G) = G, G = 4
-    assert train_cell.q_against_returns(model, [episode(60, False)])[1] == pytest.approx(3.0, abs=0.01)
-    assert np.isnan(train_cell.q_against_returns(model, [episode(7, False)])).all()
+    assert training_run.q_against_returns(model, [episode(60, False)])[1] == pytest.approx(3.0, abs=0.01)
+    assert np.isnan(training_run.q_against_returns(model, [episode(7, False)])).all()
 
 
 @pytest.mark.parametrize("algo", ["softq", "sac", "td3", "tqc"])
-def test_entropy_bonus_and_q(train_cell, algo: str):
+def test_entropy_bonus_and_q(training_run, algo: str):
     """Shapes, and the critic's unit: the entropy is that over the normalised box."""
     kwargs = {} if algo == "td3" else {"ent_coef": 0.5}
-    model = train_cell.CLASSES[algo]("MlpPolicy", "Pendulum-v1", device="cpu", **kwargs)
+    model = training_run.CLASSES[algo]("MlpPolicy", "Pendulum-v1", device="cpu", **kwargs)
     observations = np.random.default_rng(0).normal(size=(400, 3)).astype(np.float32)
-    bonus = train_cell.entropy_bonus(model, observations)
-    q = train_cell.q_values(model, observations, np.zeros((400, 1), dtype=np.float32))
+    bonus = training_run.entropy_bonus(model, observations)
+    q = training_run.q_values(model, observations, np.zeros((400, 1), dtype=np.float32))
     assert bonus.shape == q.shape == (400,)
     # An untrained policy is about as wide as the box (-1, 1): alpha log 2; in Pendulum's units it would be alpha log 4
     assert abs(bonus.mean() - (0.0 if algo == "td3" else 0.5 * np.log(2))) < 0.15
 
 
 @pytest.fixture
-def variant(train_cell):
+def variant(training_run):
     """Makes one of the variants, which last for the process that they are made for."""
-    yield lambda name: train_cell.VARIANTS[name]()
+    yield lambda name: training_run.VARIANTS[name]()
     patch.stopall()
 
 
-@pytest.mark.parametrize(("algo", "name"), [("sac", "narrow_start"), ("softq", "narow_start")])
-def test_variant_that_would_do_nothing(train_cell, algo: str, name: str):
+@pytest.mark.parametrize(("algo", "name"), [("sac", "no_wide_initialisation"), ("softq", "no_wide_initialization")])
+def test_variant_that_would_do_nothing(training_run, algo: str, name: str):
     with pytest.raises(SystemExit, match=f"variant='{name}' of {algo} is not known"):
-        train_cell.make_variant(SimpleNamespace(algo=algo, changes={"variant": name}))
+        training_run.make_variant(SimpleNamespace(algo=algo, changes={"variant": name}))
 
 
-def small_agent(train_cell, **kwargs):
-    return train_cell.SoftQ("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **kwargs)
+def small_agent(training_run, **kwargs):
+    return training_run.SoftQ("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **kwargs)
 
 
 OBSERVATIONS = th.randn(500, 3, generator=th.Generator().manual_seed(0))
 
 
-def test_variant_narrow_start(train_cell, variant):
+def test_variant_no_wide_initialisation(training_run, variant):
     def spread() -> float:
-        actor = small_agent(train_cell).actor
+        actor = small_agent(training_run).actor
         return actor.particles(actor.features(OBSERVATIONS), actor.noise(500, 4))[0].std().item()
 
     assert 0.8 < spread() < 1.2
-    variant("narrow_start")
+    variant("no_wide_initialisation")
     assert spread() < 0.4
 
 
-def test_variants_of_the_smoothing(train_cell, variant):
+def test_variants_of_the_smoothing(training_run, variant):
     def widths(**policy_kwargs) -> th.Tensor:
-        actor = small_agent(train_cell, policy_kwargs=policy_kwargs).actor
+        actor = small_agent(training_run, policy_kwargs=policy_kwargs).actor
         return actor.particles(actor.features(OBSERVATIONS), actor.noise(500, 4))[1].exp()
 
     assert widths(log_std_init=-8.0).max() < 0.1
@@ -216,14 +216,14 @@ def test_variants_of_the_smoothing(train_cell, variant):
     assert widths(smoothing="local").std(dim=1).max() < 1e-6
 
 
-def test_variants_of_the_soft_value(train_cell, variant):
+def test_variants_of_the_soft_value(training_run, variant):
     """Jensen's inequality, and a density that knows of more components than the particle's own is lower there."""
 
     def value() -> float:
         th.manual_seed(0)
         return model.soft_value(OBSERVATIONS.numpy(), n_particles=8).mean()
 
-    model = small_agent(train_cell, ent_coef=1.0)
+    model = small_agent(training_run, ent_coef=1.0)
     log_mean_exp = value()
     own = model.propose(OBSERVATIONS, 1)[1].mean()
     variant("mean_value")
@@ -234,17 +234,17 @@ def test_variants_of_the_soft_value(train_cell, variant):
     assert log_prob.mean() < own - 0.5
 
 
-def test_variant_one_critic(train_cell, variant):
-    critic, u = small_agent(train_cell).critic, th.zeros(500, 1, 1)
+def test_variant_one_critic(training_run, variant):
+    critic, u = small_agent(training_run).critic, th.zeros(500, 1, 1)
     first, second = critic.q_values(critic.features(OBSERVATIONS), th.tanh(u))
     assert th.equal(softq.min_q_values(critic, OBSERVATIONS, u), th.minimum(first, second))
     variant("one_critic_in_stein_step")
     assert th.equal(softq.min_q_values(critic, OBSERVATIONS, u), first)
 
 
-def test_variant_joint_gradient(train_cell, variant):
+def test_variant_joint_gradient(training_run, variant):
     """The same Q, other gradients, but for particles that are copies of the transitions."""
-    critic = small_agent(train_cell).critic.train()
+    critic = small_agent(training_run).critic.train()
 
     def q_and_gradients(next_obs: th.Tensor, next_actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         q_values, next_q_values = critic.joint_q_values(OBSERVATIONS, actions, next_obs, next_actions)
@@ -262,10 +262,10 @@ def test_variant_joint_gradient(train_cell, variant):
     assert (joint_other - other).norm() > 0.05 * other.norm()
 
 
-def test_variant_average_collects_half(train_cell, variant):
-    """Episodes 1, 3, ... of Pendulum, of 200 steps each, are collected by the averaged actor."""
-    variant("average_collects_half")
-    model = small_agent(train_cell, learning_starts=0, train_freq=600)
+def test_variant_ema_actor_collects_half(training_run, variant):
+    """Episodes 1, 3, ... of Pendulum, of 200 steps each, are collected by the EMA actor."""
+    variant("ema_actor_collects_half")
+    model = small_agent(training_run, learning_starts=0, train_freq=600)
     collectors = []
     forward = SamplingActor.forward
 
@@ -278,31 +278,36 @@ def test_variant_average_collects_half(train_cell, variant):
     assert collectors == [True] * 200 + [False] * 200 + [True] * 200
 
 
-def test_variant_explore_with_centres(train_cell, variant):
-    """With almost no shift, centres are the noise xi, and smoothing noise of 0.7 makes the actions wider."""
-    policy = small_agent(train_cell, policy_kwargs=dict(log_std_init=-0.3)).policy
+def test_variant_explore_with_component_means(training_run, variant):
+    """With almost no shift, component means are the noise xi, and smoothing noise of 0.7 makes the actions wider."""
+    policy = small_agent(training_run, policy_kwargs=dict(log_std_init=-0.3)).policy
 
     def spread(actor: SamplingActor) -> float:
         return th.atanh(actor._predict(OBSERVATIONS).clamp(-0.9999, 0.9999)).std().item()
 
     wide = spread(policy.actor)
-    variant("explore_with_centres")
+    variant("explore_with_component_means")
     assert spread(policy.actor) < wide - 0.1
     assert spread(policy.ema_actor) == pytest.approx(wide, rel=0.1)
 
 
 def test_ablations(tmp_path: Path):
-    """Too short to learn: cells of their labels, and the table."""
-    script = [*("run", "--envs", "Pendulum-v1", "--seeds", "1", "--steps", "201"), "--only", "defaults", "narrow-start"]
+    """Too short to learn: runs of their labels, and the table."""
+    script = [
+        *("run", "--envs", "Pendulum-v1", "--seeds", "1", "--steps", "201"),
+        "--only",
+        "defaults",
+        "no-wide-initialisation",
+    ]
     call(tmp_path, *script, script=ABLATIONS)
     output = call(tmp_path, "table", "--csv", "ablations.csv", script=ABLATIONS)
     rows = read(tmp_path / "ablations.csv")
     assert {(row["label"], row["env"], row["seed"]) for row in rows} == {
-        (label, "Pendulum-v1", "1") for label in ("defaults", "narrow-start")
+        (label, "Pendulum-v1", "1") for label in ("defaults", "no-wide-initialisation")
     }
     returns = {row["label"]: float(row["deterministic_mean"]) for row in rows if row["step"] == "201"}
     table = {line.split("`")[1]: [x.strip() for x in line.split("|")[2:-1]] for line in output.splitlines() if "`" in line}
-    assert list(table) == ["defaults", "narrow-start"]
+    assert list(table) == ["defaults", "no-wide-initialisation"]
     for label, cells in table.items():
         assert cells[2:] == [
             f"{returns[label]:,.0f}",
@@ -312,9 +317,11 @@ def test_ablations(tmp_path: Path):
     # without the defaults there is nothing to compare with
     shutil.rmtree(tmp_path / "logs" / "ablations" / "defaults")
     output = call(tmp_path, "table", "--csv", "alone.csv", script=ABLATIONS)
-    assert f"| {returns['narrow-start']:,.0f} (1) |  |" in output
-    config = json.loads((tmp_path / "logs" / "ablations" / "narrow-start" / "Pendulum-v1" / "1" / "config.json").read_text())
-    assert config["changes"] == {"compile": True, "variant": "narrow_start"}
+    assert f"| {returns['no-wide-initialisation']:,.0f} (1) |  |" in output
+    config = json.loads(
+        (tmp_path / "logs" / "ablations" / "no-wide-initialisation" / "Pendulum-v1" / "1" / "config.json").read_text()
+    )
+    assert config["changes"] == {"compile": True, "variant": "no_wide_initialisation"}
     # what is decided on is not what results are measured on
     assert config["evaluation_seed"] == 5_000
 

@@ -3,19 +3,18 @@ One change each against SoftQ's defaults: is it worth it?
 
     python examples/benchmark/ablations.py run    # HalfCheetah-v4, 30,000 steps, seeds 35 to 37: five hours on two cores
     python examples/benchmark/ablations.py run --only policy-delay-2 delta-kernel
-    python examples/benchmark/ablations.py run --envs Walker2d-v4 --steps 60000 --only narrow-start
+    python examples/benchmark/ablations.py run --envs Walker2d-v4 --steps 60000 --only no-wide-initialisation
     python examples/benchmark/ablations.py table
 
-``run`` trains the cells that have not finished (``learning.py run``) into logs/ablations. ``table`` adds them to
-results/ablations.csv and prints the table of README.md.
+``run`` trains the runs that have not finished (``learning.py run``) into logs/ablations. ``table`` adds them to
+results/ablations.csv and prints the table of decisions.md.
 """
 
 import argparse
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from learning import CHECKPOINT_FREQ, HERE, LOGS, Cell, make_parser, positive, read_rows, run_cells
+from learning import CHECKPOINT_FREQ, HERE, LOGS, Run, make_parser, positive, train_runs
 
 # Not that of the results: ablations decide about settings
 EVALUATION_SEED = 5_000
@@ -24,12 +23,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "policy-delay-2": dict(policy_delay=2),
     # the sampler
-    "narrow-start": dict(variant="narrow_start"),
+    "no-wide-initialisation": dict(variant="no_wide_initialisation"),
     "local-smoothing": {"policy_kwargs.smoothing": "local"},
     "global-smoothing": {"policy_kwargs.smoothing": "local", "variant": "global_bandwidth"},
     "smoothing-floor": dict(variant="smoothing_floor"),
-    "explore-with-centres": dict(variant="explore_with_centres"),
-    "no-averaged-actor": dict(actor_tau=1.0),
+    "explore-with-component-means": dict(variant="explore_with_component_means"),
+    "no-ema-actor": dict(actor_tau=1.0),
     # the soft value
     "1-value-particle": dict(n_value_particles=1),
     "4-value-particles": dict(n_value_particles=4),
@@ -59,9 +58,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def run(args: argparse.Namespace) -> None:
-    run_cells(
+    train_runs(
         [
-            Cell(
+            Run(
                 label=label,
                 algo="softq",
                 env=env,
@@ -86,35 +85,27 @@ def table(args: argparse.Namespace) -> None:
         command = ["collect", "--name", args.csv.stem, "--out", str(args.csv.parent), "--update", "--logs", str(args.logs)]
         settings = make_parser().parse_args(command)
         settings.command(settings)
-    # env -> label -> seed -> step -> return
-    results: dict[str, dict[str, dict[int, dict[int, float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for row in read_rows(args.csv):
-        results[row["env"]][row["label"]][int(row["seed"])][int(row["step"])] = float(row["deterministic_mean"])
-    for env, labels in results.items():
-        evaluated = sorted({step for seeds in labels.values() for returns in seeds.values() for step in returns})
-        steps = [evaluated[len(evaluated) * part // 3 - 1] for part in (1, 2, 3)]
-        last = steps[-1]
+    import pandas as pd  # here, not above: ``run`` waits beside busy cores
+
+    for env, rows in pd.read_csv(args.csv).groupby("env", sort=False):
+        returns = rows.pivot(index="step", columns=["label", "seed"], values="deterministic_mean")
+        steps = [returns.index[len(returns) * part // 3 - 1] for part in (1, 2, 3)]
         print(f"\n| {env} | {' | '.join(f'{step:,}' for step in steps)} | by seed | to the defaults |\n" + "|---" * 6 + "|")
+        final = {label: finished.droplevel(0) for label, finished in returns.loc[steps[-1]].dropna().groupby(level="label")}
         # last, those that an older CSV has and the list no longer
-        for label in dict.fromkeys([*ABLATIONS, *labels]):
-            finished = {seed: returns for seed, returns in labels[label].items() if last in returns}
-            if not finished:
-                continue
-            means = [f"{sum(returns[step] for returns in finished.values()) / len(finished):,.0f}" for step in steps]
-            by_seed = ", ".join(f"{returns[last]:,.0f} ({seed})" for seed, returns in sorted(finished.items()))
-            defaults = {seed: returns[last] for seed, returns in labels["defaults"].items() if last in returns}
-            common = finished.keys() & defaults.keys()
-            ratio = ""
-            if common:
-                ratio = f"{sum(finished[seed][last] for seed in common) / sum(defaults[seed] for seed in common):.2f}"
-            print(f"| `{label}` | {' | '.join(means)} | {by_seed} | {ratio} |")
+        for label in [label for label in dict.fromkeys([*ABLATIONS, *final]) if label in final]:
+            means = returns.loc[steps, label][final[label].index].mean(axis=1)
+            by_seed = ", ".join(f"{value:,.0f} ({seed})" for seed, value in final[label].items())
+            common = final[label].index.intersection(final["defaults"].index) if "defaults" in final else []
+            ratio = f"{final[label][common].sum() / final['defaults'][common].sum():.2f}" if len(common) else ""
+            print(f"| `{label}` | {' | '.join(f'{mean:,.0f}' for mean in means)} | {by_seed} | {ratio} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logs", type=Path, default=LOGS.parent / "ablations")
     subparsers = parser.add_subparsers(required=True)
-    command = subparsers.add_parser("run", help="train the cells that have not finished")
+    command = subparsers.add_parser("run", help="train the runs that have not finished")
     command.set_defaults(command=run)
     command.add_argument("--envs", nargs="+", default=["HalfCheetah-v4"])
     command.add_argument("--seeds", nargs="+", type=int, default=[35, 36, 37])

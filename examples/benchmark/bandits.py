@@ -113,7 +113,7 @@ def boltzmann(env: Bandit, observation: float, alpha: float) -> tuple[np.ndarray
     :param env: Environment
     :param observation: Value of the observation
     :param alpha: Temperature
-    :return: Probabilities of the cells of a grid, and log integral exp(r / alpha) da over the box
+    :return: Probabilities of the bins of a grid, and log integral exp(r / alpha) da over the box
     """
     low, high = env.action_space.low.astype(float), env.action_space.high.astype(float)
     oversampling, bins = 8, n_bins(env)

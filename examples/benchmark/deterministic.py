@@ -8,12 +8,12 @@ Each zip is a SoftQ agent saved by ``model.save``; its environment is the name o
 """
 
 import argparse
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch as th
 from bandits import SHORT_TRAINING, Bandit
 
@@ -24,7 +24,7 @@ Candidate = Callable[[SoftQ, th.Tensor], th.Tensor]
 
 
 def bank(model: SoftQ, obs: th.Tensor, trained: bool = False) -> tuple[th.Tensor, th.Tensor]:
-    """Centres and log standard deviations of the fixed bank of particles, shape (1, n_bank, action_dim)."""
+    """Component means and log standard deviations of the fixed bank of particles, shape (1, n_bank, action_dim)."""
     actor = model.actor if trained else model.ema_actor
     return actor.particles(actor.features(obs), actor.xi_bank.unsqueeze(0))
 
@@ -45,19 +45,19 @@ def mode(model: SoftQ, obs: th.Tensor, densest: bool = False, trained: bool = Fa
 
 
 def medoid(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    centres, _ = bank(model, obs)
-    return centres[:, th.cdist(centres, centres).sum(dim=2).argmin()]
+    means, _ = bank(model, obs)
+    return means[:, th.cdist(means, means).sum(dim=2).argmin()]
 
 
 def best_by_q(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    centres, _ = bank(model, obs)
-    return centres[:, q_values(model, obs, centres).argmax()]
+    means, _ = bank(model, obs)
+    return means[:, q_values(model, obs, means).argmax()]
 
 
 def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    centres, _ = bank(model, obs)
-    weights = th.softmax(q_values(model, obs, centres) / model.ent_coef_tensor, dim=1)
-    return (weights.unsqueeze(2) * centres).sum(dim=1)
+    means, _ = bank(model, obs)
+    weights = th.softmax(q_values(model, obs, means) / model.ent_coef_tensor, dim=1)
+    return (weights.unsqueeze(2) * means).sum(dim=1)
 
 
 CANDIDATES: dict[str, Candidate] = {
@@ -119,10 +119,7 @@ def main() -> None:
             *(f"{row['task']} {row['return']:.1f} +- {row['standard_error']:.1f}" for row in rows[-len(tasks) :]),
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(args.out, index=False)
     print(f"Table: {args.out}")
 
 

@@ -8,12 +8,13 @@ the soft value after 4,500 updates, and writes ``examples/benchmark/results/fide
 """
 
 import argparse
-import csv
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import torch as th
 from bandits import CASES, SHORT_TRAINING, boltzmann, total_variation
 from stable_baselines3 import SAC
@@ -26,11 +27,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no batch normalisation": dict(tau=0.005, policy_kwargs={"batch_norm": False}),
     "joint gradient": dict(variant="joint_gradient"),
-    "no further particles in the density": dict(particle_options=dict(n_density_particles=0)),
+    "no density-only particles": dict(particle_options=dict(n_density_particles=0)),
     "delta kernel": dict(particle_options=dict(kernel="delta")),
     "half as many updates of the actor": dict(policy_delay=2),
-    "no averaged actor": dict(actor_tau=1.0),
-    "narrow start": dict(variant="narrow_start"),
+    "no EMA actor": dict(actor_tau=1.0),
+    "no wide initialisation": dict(variant="no_wide_initialisation"),
     "mean in the soft value": dict(variant="mean_value"),
     "4 particles in the soft value": dict(n_value_particles=4),
     "noise enters the first layer": dict(policy_kwargs={"net_arch": {"pi": [], "qf": [64, 64]}, "head_arch": [64, 64]}),
@@ -75,17 +76,11 @@ def main() -> None:
     args = parser.parse_args()
     th.set_num_threads(1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        fields = ["variant", "case", "seed", "total_variation", "soft_value_error"]
-        writer = csv.DictWriter(file, fieldnames=fields)
-        writer.writeheader()
-        for variant in args.variants:
-            for case in args.cases:
-                for seed in args.seeds:
-                    row = measure(variant, case, seed)
-                    writer.writerow(row)
-                    file.flush()
-                    print(*row.values(), sep="  ", flush=True)
+    rows = []
+    for variant, case, seed in product(args.variants, args.cases, args.seeds):
+        rows.append(measure(variant, case, seed))
+        pd.DataFrame(rows).to_csv(args.out, index=False)
+        print(*rows[-1].values(), sep="  ", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ Learning benchmark: SoftQ against SAC, TD3 and TQC over environments and seeds.
     python examples/benchmark/learning.py collect --name mujoco_100k
     python examples/benchmark/learning.py report --csv examples/benchmark/results/mujoco_100k.csv
 
-A cell is one algorithm (or variant of it), environment and seed, trained in a process of its own with one torch thread by
-``train_cell.py``. ``run`` can be killed at any time: started again, it skips finished cells and continues the others from
+A run is one algorithm (or variant of it), environment and seed, trained in a process of its own with one torch thread by
+``training_run.py``. ``run`` can be killed at any time: started again, it skips finished runs and continues the others from
 their checkpoints. A variant changes arguments of an algorithm and has a label of its own in the results:
 
     python examples/benchmark/learning.py run --algos softq --set n_value_particles=8 --label softq-8-value-particles
 
-On a cluster, whose machines share the disk, Ray distributes the cells (``ray start --head`` on one machine, ``ray start
+On a cluster, whose machines share the disk, Ray distributes the runs (``ray start --head`` on one machine, ``ray start
 --address=HEAD:6379`` on the others):
 
     python examples/benchmark/learning.py run --ray auto
@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# torch and Stable-Baselines3 are imported by train_cell.py only: this process waits beside busy cores
+# torch and Stable-Baselines3 are imported by training_run.py only: this process waits beside busy cores
 
 ALGOS = ("softq", "sac", "td3", "tqc", "original")
 # Of the environments' first states and of the actions' noise: for results, not for decisions about settings
@@ -61,7 +61,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class Run:
     """
     One training run.
 
@@ -73,7 +73,7 @@ class Cell:
     :param eval_freq: Evaluate every this many steps
     :param checkpoint_freq: Save a checkpoint every this many steps
     :param changes: Arguments of the algorithm that differ from the benchmark's, ``policy_kwargs.x`` for those of the policy
-    :param logs: Folder of all cells
+    :param logs: Folder of all runs
     :param evaluation_seed: First of the reset seeds of the evaluations. The default is for results alone: whatever decides
         about settings has another
     """
@@ -106,7 +106,7 @@ class Cell:
 
     @property
     def model(self) -> Path:
-        """The trained agent. Written last: its presence says that the cell has finished."""
+        """The trained agent. Written last: its presence says that the run has finished."""
         return self.folder / "model.zip"
 
     @property
@@ -141,60 +141,60 @@ def run(args: argparse.Namespace) -> None:
     if args.label and len(args.algos) > 1:
         sys.exit("--label names one variant: give one of --algos")
     # seeds outermost: a benchmark that is stopped early has compared everything on the seeds it has
-    cells = [make_cell(args, algo, env, seed) for seed in args.seeds for env in args.envs for algo in args.algos]
-    run_cells(cells, args.jobs, args.ray)
+    runs = [make_run(args, algo, env, seed) for seed in args.seeds for env in args.envs for algo in args.algos]
+    train_runs(runs, args.jobs, args.ray)
 
 
-def run_cells(cells: list[Cell], jobs: int | None = None, ray: str | None = None) -> None:
+def train_runs(runs: list[Run], jobs: int | None = None, ray: str | None = None) -> None:
     """
-    Train the cells that have not finished, and exit with an error if one fails.
+    Train the runs that have not finished, and exit with an error if one fails.
 
-    :param cells: Cells, in the order in which they are started
+    :param runs: In the order in which they are started
     :param jobs: Cells at once, by default as many as there are cores or the cluster has room for
     :param ray: Address of a Ray cluster, None for this machine alone
     """
     waiting = []
-    for cell in cells:
-        if cell.config.exists():
-            check_same_run(cell)
-        if cell.model.exists():
-            print(f"{cell}: finished before, skipped")
+    for run in runs:
+        if run.config.exists():
+            check_same_run(run)
+        if run.model.exists():
+            print(f"{run}: finished before, skipped")
         else:
-            waiting.append(cell)
+            waiting.append(run)
 
     failed = 0
     results = train_on_ray(waiting, ray, jobs) if ray else train_here(waiting, jobs or os.cpu_count() or 1)
     try:
-        for done, (cell, message) in enumerate(results, start=1):
-            failed += not cell.model.exists()
-            print(f"[{done}/{len(waiting)}] {cell}: {message}", flush=True)
+        for done, (run, message) in enumerate(results, start=1):
+            failed += not run.model.exists()
+            print(f"[{done}/{len(waiting)}] {run}: {message}", flush=True)
     except KeyboardInterrupt:
         print("Interrupted: the same command continues", flush=True)
-        # at once, without starting the cells that wait
+        # at once, without starting the runs that wait
         os._exit(130)
     if failed:
-        sys.exit(f"{failed} of {len(waiting)} cells failed")
+        sys.exit(f"{failed} of {len(waiting)} runs failed")
 
 
-def train_here(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
+def train_here(runs: list[Run], jobs: int) -> Iterator[tuple[Run, str]]:
     """
-    :param cells: What to train
+    :param runs: What to train
     :param jobs: Cells at once
     :return: Cells as they end, and how
     """
     # without "with", which would wait for the threads when interrupted
     pool = ThreadPoolExecutor(jobs)
-    futures = {pool.submit(train_in_process, cell): cell for cell in cells}
+    futures = {pool.submit(train_in_process, run): run for run in runs}
     for future in as_completed(futures):
         yield futures[future], future.result()
 
 
-def train_on_ray(cells: list[Cell], address: str, jobs: int | None) -> Iterator[tuple[Cell, str]]:
+def train_on_ray(runs: list[Run], address: str, jobs: int | None) -> Iterator[tuple[Run, str]]:
     """
     The same on the machines of a Ray cluster, which see this script and the logs under the same path: one task with one CPU
-    per cell. The cell of a machine that is lost continues on another one from its checkpoint.
+    per run. The run of a machine that is lost continues on another one from its checkpoint.
 
-    :param cells: What to train
+    :param runs: What to train
     :param address: Address of the cluster, ``"auto"`` or ``"local"``, see ``ray.init``
     :param jobs: Cells at once, by default as many as the cluster has room for
     :return: Cells as they end, and how
@@ -205,24 +205,24 @@ def train_on_ray(cells: list[Cell], address: str, jobs: int | None) -> Iterator[
         sys.exit('--ray needs Ray: pip install "sb3-softq[ray]"')
     ray.init(address=address, log_to_driver=False)
     train = ray.remote(num_cpus=1, max_retries=-1)(train_in_process)
-    waiting = list(reversed(cells))
-    running: dict[Any, Cell] = {}
+    waiting = list(reversed(runs))
+    running: dict[Any, Run] = {}
     while waiting or running:
         while waiting and (jobs is None or len(running) < jobs):
-            cell = waiting.pop()
-            running[train.remote(cell)] = cell
+            run = waiting.pop()
+            running[train.remote(run)] = run
         (ref,), _ = ray.wait(list(running), num_returns=1)
-        cell = running.pop(ref)
+        run = running.pop(ref)
         try:
-            yield cell, ray.get(ref)
+            yield run, ray.get(ref)
         except ray.exceptions.RayError as error:
-            yield cell, f"FAILED in Ray: {error}"
+            yield run, f"FAILED in Ray: {error}"
 
 
-def make_cell(args: argparse.Namespace, algo: str, env: str, seed: int) -> Cell:
+def make_run(args: argparse.Namespace, algo: str, env: str, seed: int) -> Run:
     changes = dict(args.set)
     label = args.label or "-".join([algo, *(f"{name}={value}" for name, value in changes.items())])
-    return Cell(
+    return Run(
         label=label.replace("/", "_"),
         algo=algo,
         env=env,
@@ -237,27 +237,27 @@ def make_cell(args: argparse.Namespace, algo: str, env: str, seed: int) -> Cell:
     )
 
 
-def check_same_run(cell: Cell) -> None:
-    before = json.loads(cell.config.read_text())
+def check_same_run(run: Run) -> None:
+    before = json.loads(run.config.read_text())
     # through JSON, where tuples are lists
-    for name, value in json.loads(json.dumps(cell.identity)).items():
+    for name, value in json.loads(json.dumps(run.identity)).items():
         if before.get(name) != value:
             sys.exit(
-                f"{cell.folder} holds a run with {name}={before.get(name)!r}, not {value!r}: "
+                f"{run.folder} holds a run with {name}={before.get(name)!r}, not {value!r}: "
                 "choose another --label, or remove the folder"
             )
 
 
-def train_in_process(cell: Cell) -> str:
+def train_in_process(run: Run) -> str:
     """
     :return: How it ended, for the user
     """
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    log = cell.folder / "log.txt"
+    run.folder.mkdir(parents=True, exist_ok=True)
+    log = run.folder / "log.txt"
     with log.open("a") as file:
-        # train_cell.py stops when the other end of its standard input closes: no cell outlives this process
+        # training_run.py stops when the other end of its standard input closes: no run outlives this process
         process = subprocess.Popen(
-            [sys.executable, str(HERE / "train_cell.py"), json.dumps(asdict(cell))],
+            [sys.executable, str(HERE / "training_run.py"), json.dumps(asdict(run))],
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -266,10 +266,10 @@ def train_in_process(cell: Cell) -> str:
         process.wait()
         assert process.stdin is not None
         process.stdin.close()
-    if process.returncode != 0 or not cell.model.exists():
+    if process.returncode != 0 or not run.model.exists():
         tail = "".join(deque(log.open(), maxlen=15))
         return f"FAILED with code {process.returncode}, the end of {log}:\n{tail}"
-    last = read_rows(cell.evaluations)[-1]
+    last = read_rows(run.evaluations)[-1]
     returns = f"{float(last['deterministic_mean']):.0f} deterministic, {float(last['stochastic_mean']):.0f} stochastic"
     return f"finished after {float(last['hours']):.2f} h, return {returns}"
 
@@ -344,7 +344,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(required=True)
 
-    command = subparsers.add_parser("run", help="train the cells that have not finished")
+    command = subparsers.add_parser("run", help="train the runs that have not finished")
     command.set_defaults(command=run)
     command.add_argument("--algos", nargs="+", choices=ALGOS, default=["softq", "sac", "td3"])
     command.add_argument("--envs", nargs="+", default=["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"])
@@ -352,7 +352,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=positive, default=100_000)
     command.add_argument("--eval-freq", type=positive, help="steps between evaluations (default: steps / 20)")
     command.add_argument("--checkpoint-freq", type=positive, default=CHECKPOINT_FREQ, help="steps between checkpoints")
-    command.add_argument("--jobs", type=positive, help="cells at once (default: cores, or what the cluster has room for)")
+    command.add_argument("--jobs", type=positive, help="runs at once (default: cores, or what the cluster has room for)")
     command.add_argument("--ray", metavar="ADDRESS", help="train on a Ray cluster: its address, auto, or local for a new one")
     command.add_argument(
         "--set", nargs="+", action="extend", type=parse_change, default=[], metavar="NAME=VALUE", help="change arguments"
@@ -361,7 +361,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--label", help="name in the results (default: the algorithm and what --set changes)")
     command.add_argument("--logs", type=Path, default=LOGS)
 
-    command = subparsers.add_parser("collect", help="merge the evaluations of all cells into one CSV")
+    command = subparsers.add_parser("collect", help="merge the evaluations of all runs into one CSV")
     command.set_defaults(command=collect)
     command.add_argument("--name", required=True, help="name of the CSV")
     command.add_argument("--labels", nargs="+", help="only these (default: all)")

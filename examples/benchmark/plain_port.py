@@ -3,7 +3,7 @@ Soft Q-learning (Haarnoja et al. 2017, https://arxiv.org/abs/1702.08165) in plai
 term of an equation, one call of autograd. The yardstick of ``speed.py`` and an oracle of the tests.
 
 As in ``sb3_softq`` the Stein step is taken in u-space (a = tanh(u)), the direction is multiplied by the temperature alpha,
-and the sampler starts wide, u = xi + net(s, xi). All else is the original recipe: uniform proposals for the soft value,
+and the initialisation is wide, u = xi + net(s, xi). All else is that of SQL (2017): uniform proposals for the soft value,
 one critic, a hard target, particles split into a fixed and an updated half, a kernel that keeps them apart.
 """
 

@@ -23,9 +23,9 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from matmul import measure_matmuls
 from measuring import Row, interleave, machine, ratio, set_threads, show, write
 from plain_port import PlainSoftQ
-from products import measure_products
 from sb3_contrib import TQC, CrossQ
 from speed_plots import plot_growth, plot_memory, plot_table
 from stable_baselines3 import SAC, TD3
@@ -42,12 +42,12 @@ except ImportError:
 
 ENV_ID = "Walker2d-v4"
 NET: dict[str, Any] = dict(net_arch=[256, 256])
-# The original recipe at the load of the other rows
+# SQL (2017) at the load of the other rows
 LOAD: dict[str, Any] = SQL_2017 | dict(
     particle_options=replace(SQL_2017["particle_options"], n_actor_states=256), ent_coef=0.1
 )
 ORIGINAL_NET: dict[str, Any] = LOAD.pop("policy_kwargs") | dict(net_arch=dict(pi=[], qf=[256, 256]), head_arch=[256, 256])
-PLAIN = "original recipe, plain port"
+PLAIN = "SQL (2017), plain port"
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Effort:
 QUICK = Effort(2, 4, 110, 2, 2, 20, 400, every=3)
 
 
-# ---------------------------------------------------------------------- table: steps per second and matrix products
+# ---------------------------------------------------------------------- table: steps per second and matmuls
 
 
 class PlainPort(SoftQ):
@@ -105,7 +105,7 @@ def agents() -> dict[str, Callable[[], Any] | None]:
     rows["SoftQ, compiled, policy_delay=2"] = row(SoftQ, {}, compile=True, policy_delay=2)
     rows |= {cls.__name__: row(cls) for cls in (SAC, TD3, TQC, CrossQ)}
     rows["SAC of sbx"] = row(SBX_SAC) if SBX_SAC is not None else None
-    rows |= {f"original recipe, SoftQ{name}": row(SoftQ, ORIGINAL_NET, **LOAD, **option) for name, option in options.items()}
+    rows |= {f"SQL (2017), SoftQ{name}": row(SoftQ, ORIGINAL_NET, **LOAD, **option) for name, option in options.items()}
     return rows | {PLAIN: row(PlainPort, ORIGINAL_NET, **LOAD)}
 
 
@@ -131,11 +131,11 @@ def measure_table(effort: Effort, threads: Sequence[int], out: Path, table_name:
     for (name, n_threads), values in speeds.items():
         row: Row = dict(algorithm=name, threads=n_threads, steps_per_second=median(values))
         for column, reference in (("to_SAC", "SAC"), ("to_TD3", "TD3"), ("to_plain_port", PLAIN)):
-            comparable = reference != PLAIN or name.startswith("original")
+            comparable = reference != PLAIN or name.startswith("SQL")
             row[column] = ratio(values, speeds[reference, n_threads] if comparable else None)
         set_threads(n_threads)
         if "sbx" not in name:
-            row |= measure_products(models[name], n_threads, effort.profiled_updates, min(effort.rounds, 3))
+            row |= measure_matmuls(models[name], n_threads, effort.profiled_updates, min(effort.rounds, 3))
         rows.append(row)
     rows = [{column: row.get(column, "") for column in rows[0]} for row in rows]
     rows += [dict.fromkeys(rows[0], "") | dict(algorithm=name, steps_per_second="not installed") for name in missing]
@@ -320,7 +320,7 @@ def main() -> None:
         "--matmul-precision",
         choices=["highest", "medium"],
         default="highest",
-        help="of torch.set_float32_matmul_precision, for all rows: 'medium' has the products done by oneDNN instead of MKL",
+        help="of torch.set_float32_matmul_precision, for all rows: 'medium' has the matmuls done by oneDNN instead of MKL",
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()

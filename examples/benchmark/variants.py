@@ -1,6 +1,6 @@
 """
-What an ablation changes and no argument of SoftQ does. Each function changes one thing in this process, for good: a cell of
-the benchmark has a process of its own (``learning.py run --algos softq --set variant=narrow_start``).
+What an ablation changes and no argument of SoftQ does. Each function changes one thing in this process, for good: a run of
+the benchmark has a process of its own (``learning.py run --algos softq --set variant=no_wide_initialisation``).
 """
 
 import math
@@ -9,9 +9,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch as th
+import torch.nn.functional as F
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
-from torch.nn import functional as F
 
 from sb3_softq import SoftQ
 from sb3_softq.actor import SamplingActor
@@ -19,12 +19,12 @@ from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.critic import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, JointBatchNorm, ParticleCritic
 from sb3_softq.soft_value import mixture_log_prob, tanh_log_det
 
-# Further particles of the next states in the density of those of the soft value, as many as the actor's update has by default
+# Density-only particles of the next states, as many as the actor's update has by default
 N_DENSITY_PARTICLES = 12
 
 
-def narrow_start() -> None:
-    """The centres are f(s, xi) instead of xi + f(s, xi)."""
+def no_wide_initialisation() -> None:
+    """The component means are f(s, xi) instead of xi + f(s, xi)."""
     particles = SamplingActor.particles
 
     def without_noise(
@@ -63,7 +63,7 @@ def mean_value() -> None:
 
 
 def density_in_value() -> None:
-    """The density of the soft value's particles knows of further ones, as that of the actor's does."""
+    """The soft value has density-only particles, as the actor's update does."""
 
     @th.no_grad()
     def propose(self: SoftQ, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
@@ -87,21 +87,21 @@ def one_critic_in_stein_step() -> None:
     patch("sb3_softq.softq.min_q_values", first).start()
 
 
-def explore_with_centres() -> None:
+def explore_with_component_means() -> None:
     """Data are collected without the smoothing noise."""
     predict = SamplingActor._predict
 
-    def centres(self: SamplingActor, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+    def component_means(self: SamplingActor, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if self.frozen or deterministic:
             return predict(self, observation, deterministic)
         mean, _ = self.components(self.features(observation), 1)
         return th.tanh(mean.squeeze(1))
 
-    patch.object(SamplingActor, "_predict", centres).start()
+    patch.object(SamplingActor, "_predict", component_means).start()
 
 
-def average_collects_half() -> None:
-    """The averaged actor, which is the policy, collects every other episode."""
+def ema_actor_collects_half() -> None:
+    """The EMA actor, which is the policy, collects every other episode."""
     trained_collects = SoftQ._sample_action
 
     def sample_action(self: SoftQ, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -117,11 +117,11 @@ def joint_gradient() -> None:
     included, not through the transitions alone.
     """
 
-    def all_rows(net: nn.Sequential, pairs: th.Tensor) -> th.Tensor:
-        for layer in net:
+    def joint_forward(net: nn.Module, pairs: th.Tensor) -> th.Tensor:
+        for layer in net.children():
             if isinstance(layer, JointBatchNorm):
-                running = layer.running_mean, layer.running_var
-                pairs = F.batch_norm(pairs, *running, layer.weight, layer.bias, True, BATCH_NORM_MOMENTUM, BATCH_NORM_EPS)
+                statistics, affine = (layer.running_mean, layer.running_var), (layer.weight, layer.bias)
+                pairs = F.batch_norm(pairs, *statistics, *affine, True, BATCH_NORM_MOMENTUM, BATCH_NORM_EPS)
             else:
                 pairs = layer(pairs)
         return pairs
@@ -134,7 +134,7 @@ def joint_gradient() -> None:
             next_features = self.features(next_obs).repeat_interleave(n_particles, dim=0)
         features = th.cat([self.features(obs), next_features])
         pairs = th.cat([features, th.cat([actions, next_actions.flatten(0, 1)])], dim=1)
-        q_values = th.stack([all_rows(net, pairs) for net in self.q_networks]).float()  # type: ignore[arg-type]
+        q_values = th.stack([joint_forward(net, pairs) for net in self.q_networks]).float()
         q_values, next_q_values = q_values.split([batch_size, batch_size * n_particles], dim=1)
         return q_values, next_q_values.detach().unflatten(1, (batch_size, n_particles)).squeeze(3)
 
@@ -144,14 +144,14 @@ def joint_gradient() -> None:
 VARIANTS = {
     function.__name__: function
     for function in (
-        narrow_start,
+        no_wide_initialisation,
         global_bandwidth,
         smoothing_floor,
         mean_value,
         density_in_value,
         one_critic_in_stein_step,
-        explore_with_centres,
-        average_collects_half,
+        explore_with_component_means,
+        ema_actor_collects_half,
         joint_gradient,
     )
 }

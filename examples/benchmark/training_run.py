@@ -1,4 +1,4 @@
-"""Train and evaluate one cell of the learning benchmark. Started by ``learning.py run``, which stays at the other end."""
+"""Train and evaluate one run of the learning benchmark. Started by ``learning.py run``, which stays at the other end."""
 
 import csv
 import hashlib
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch as th
-from learning import COLUMNS, Cell, check_same_run, read_rows, write_rows
+from learning import COLUMNS, Run, check_same_run, read_rows, write_rows
 from sb3_contrib import TQC
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
@@ -52,7 +52,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         policy_kwargs=dict(net_arch=[400, 300]),
     ),
     "tqc": dict(learning_starts=10_000),
-    # Haarnoja et al. 2017, see README.md
+    # SQL (2017), see README.md
     "original": SQL_2017,
 }
 # The RL Zoo's own exceptions
@@ -62,7 +62,7 @@ ENV_ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("tqc", "Swimmer"): dict(gamma=0.999),
     ("tqc", "Hopper"): dict(top_quantiles_to_drop_per_net=5),
 }
-# The original has no automatic temperature
+# SQL (2017) has no automatic temperature
 ORIGINAL_REWARD_SCALES = {"Walker2d": 10, "HalfCheetah": 30, "Hopper": 30, "Swimmer": 30, "Humanoid": 100, "Ant": 300}
 
 N_EPISODES = 10
@@ -80,16 +80,16 @@ LOGGED = {
 }
 
 
-def arguments(cell: Cell) -> dict[str, Any]:
+def arguments(run: Run) -> dict[str, Any]:
     """Arguments of the algorithm: the benchmark's, those of this environment, and the changes of a variant."""
-    name = cell.env.partition("-")[0]
+    name = run.env.partition("-")[0]
     # As large as SB3's default or the run: the same samples, smaller checkpoints
-    result = {"buffer_size": min(1_000_000, cell.steps), **ARGUMENTS[cell.algo], **ENV_ARGUMENTS.get((cell.algo, name), {})}
-    if cell.algo == "original" and "ent_coef" not in cell.changes:
+    result = {"buffer_size": min(1_000_000, run.steps), **ARGUMENTS[run.algo], **ENV_ARGUMENTS.get((run.algo, name), {})}
+    if run.algo == "original" and "ent_coef" not in run.changes:
         if name not in ORIGINAL_REWARD_SCALES:
-            sys.exit(f"The original recipe has no reward scale for {cell.env}: give its inverse with --set ent_coef=...")
+            sys.exit(f"SQL (2017) has no reward scale for {run.env}: give its inverse with --set ent_coef=...")
         result["ent_coef"] = 1 / ORIGINAL_REWARD_SCALES[name]
-    for change, value in cell.changes.items():
+    for change, value in run.changes.items():
         group, _, name = change.partition(".")
         if group == "policy_kwargs" and name:
             result[group] = {**result.get(group, {}), name: value}
@@ -100,25 +100,25 @@ def arguments(cell: Cell) -> dict[str, Any]:
     return result
 
 
-def make_variant(cell: Cell) -> None:
+def make_variant(run: Run) -> None:
     """Change in this process what no argument changes."""
-    name = cell.changes.get("variant")
+    name = run.changes.get("variant")
     if name is None:
         return
-    if CLASSES[cell.algo] is not SoftQ or name not in VARIANTS:
-        sys.exit(f"variant={name!r} of {cell.algo} is not known: softq and original have {', '.join(VARIANTS)}")
+    if CLASSES[run.algo] is not SoftQ or name not in VARIANTS:
+        sys.exit(f"variant={name!r} of {run.algo} is not known: softq and original have {', '.join(VARIANTS)}")
     VARIANTS[name]()
 
 
-def make_model(cell: Cell) -> OffPolicyAlgorithm:
-    kwargs = arguments(cell)
-    env = gym.make(cell.env)
+def make_model(run: Run) -> OffPolicyAlgorithm:
+    kwargs = arguments(run)
+    env = gym.make(run.env)
     if "noise_std" in kwargs:
         assert env.action_space.shape is not None
         kwargs["action_noise"] = NormalActionNoise(
             np.zeros(env.action_space.shape), np.full(env.action_space.shape, kwargs.pop("noise_std"))
         )
-    return CLASSES[cell.algo]("MlpPolicy", env, seed=cell.seed, device="cpu", **kwargs)
+    return CLASSES[run.algo]("MlpPolicy", env, seed=run.seed, device="cpu", **kwargs)
 
 
 # ------------------------------------------------------------------ evaluation
@@ -245,26 +245,26 @@ def evaluate(model: OffPolicyAlgorithm, envs: list[gym.Env], seed: int) -> dict[
 
 class Evaluation(BaseCallback):
     """
-    Append a row to the cell's CSV every ``eval_freq`` steps and at the end.
+    Append a row to the run's CSV every ``eval_freq`` steps and at the end.
 
-    :param cell: The cell
+    :param run: The run
     :param hours: Hours of training, without evaluations, in earlier sittings
     """
 
     model: OffPolicyAlgorithm
 
-    def __init__(self, cell: Cell, hours: float):
+    def __init__(self, run: Run, hours: float):
         super().__init__()
-        self.cell = cell
+        self.run = run
         self.hours = hours
-        self.envs = [gym.make(cell.env) for _ in range(N_EPISODES)]
+        self.envs = [gym.make(run.env) for _ in range(N_EPISODES)]
         self.last_step = -1
 
     def _on_training_start(self) -> None:
         self.started = time.monotonic()
 
     def _on_step(self) -> bool:
-        if self.num_timesteps % self.cell.eval_freq == 0:
+        if self.num_timesteps % self.run.eval_freq == 0:
             self.append_row()
         return True
 
@@ -275,12 +275,12 @@ class Evaluation(BaseCallback):
     def append_row(self) -> None:
         self.hours += (time.monotonic() - self.started) / 3600
         row: dict[str, Any] = {name: self.model.logger.name_to_value.get(key, math.nan) for name, key in LOGGED.items()}
-        row |= evaluate(self.model, self.envs, self.cell.evaluation_seed)
+        row |= evaluate(self.model, self.envs, self.run.evaluation_seed)
         row["hours"] = self.hours
         row = {name: "" if math.isnan(value) else f"{value:.6g}" for name, value in row.items()}
-        row |= {name: getattr(self.cell, name) for name in ("label", "algo", "env", "seed")}
+        row |= {name: getattr(self.run, name) for name in ("label", "algo", "env", "seed")}
         row["step"] = self.last_step = self.num_timesteps
-        with self.cell.evaluations.open("a", newline="") as file:
+        with self.run.evaluations.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
         print(
             f"step {row['step']}: {row['deterministic_mean']} deterministic, {row['stochastic_mean']} stochastic", flush=True
@@ -291,55 +291,55 @@ class Evaluation(BaseCallback):
 # ------------------------------------------------------------------ training
 
 
-def train(cell: Cell) -> None:
-    checkpoints = cell.folder / "checkpoints"
-    configure(cell)
-    rows = read_rows(cell.evaluations)
+def train(run: Run) -> None:
+    checkpoints = run.folder / "checkpoints"
+    configure(run)
+    rows = read_rows(run.evaluations)
     if has_checkpoint(checkpoints):
-        model = resume(CLASSES[cell.algo], checkpoints, gym.make(cell.env), device="cpu")
+        model = resume(CLASSES[run.algo], checkpoints, gym.make(run.env), device="cpu")
         print(f"resumed from step {model.num_timesteps}", flush=True)
     else:
-        model = make_model(cell)
+        model = make_model(run)
         print("started", flush=True)
     # Rows after the checkpoint belong to steps that are now done again
     measured = [0.0, *(float(row["step"]) for row in rows)], [0.0, *(float(row["hours"]) for row in rows)]
     hours = float(np.interp(model.num_timesteps, *measured))
-    write_rows(cell.evaluations, [row for row in rows if int(row["step"]) <= model.num_timesteps])
+    write_rows(run.evaluations, [row for row in rows if int(row["step"]) <= model.num_timesteps])
 
-    if model.num_timesteps < cell.steps:
+    if model.num_timesteps < run.steps:
         # in this order: a checkpoint at a step implies that the evaluation there is in the CSV
-        callbacks = [Evaluation(cell, hours), ResumableCheckpoint(cell.checkpoint_freq, checkpoints)]
-        model.learn(cell.steps - model.num_timesteps, callbacks, reset_num_timesteps=False)
+        callbacks = [Evaluation(run, hours), ResumableCheckpoint(run.checkpoint_freq, checkpoints)]
+        model.learn(run.steps - model.num_timesteps, callbacks, reset_num_timesteps=False)
 
-    temporary = cell.folder / "unfinished.zip"
+    temporary = run.folder / "unfinished.zip"
     model.save(temporary)
-    os.replace(temporary, cell.model)
+    os.replace(temporary, run.model)
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def configure(cell: Cell) -> None:
+def configure(run: Run) -> None:
     """Write down what is run; a continued run has to be the same."""
-    changed = arguments(cell)
-    defaults = {name: p.default for name, p in inspect.signature(CLASSES[cell.algo]).parameters.items()}
+    changed = arguments(run)
+    defaults = {name: p.default for name, p in inspect.signature(CLASSES[run.algo]).parameters.items()}
     left_out = ("policy", "env", "seed", "device", "verbose", "tensorboard_log", "_init_setup_model")
     used = {name: value for name, value in {**defaults, **changed}.items() if name not in left_out}
     packages = ("stable_baselines3", "sb3_contrib", "torch", "gymnasium", "mujoco", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    if CLASSES[cell.algo] is SoftQ:
+    if CLASSES[run.algo] is SoftQ:
         versions |= {"sb3_softq": sb3_softq.__version__, "commit": commit(), "source": source()}
-    config = json.loads(json.dumps({**cell.identity, "arguments": used, "versions": versions}))
-    if cell.config.exists():
-        check_same_run(cell)
-        before = json.loads(cell.config.read_text())
+    config = json.loads(json.dumps({**run.identity, "arguments": used, "versions": versions}))
+    if run.config.exists():
+        check_same_run(run)
+        before = json.loads(run.config.read_text())
         if before["arguments"] != config["arguments"]:
             different = sorted(name for name, value in config["arguments"].items() if before["arguments"].get(name) != value)
-            sys.exit(f"{cell.folder} holds a run with other defaults of {', '.join(different)}: remove it to start again")
+            sys.exit(f"{run.folder} holds a run with other defaults of {', '.join(different)}: remove it to start again")
         if before["versions"] != config["versions"]:
             print(f"Warning: begun with {before['versions']}, continued with {config['versions']}")
         return
-    temporary = cell.config.with_suffix(".tmp")
+    temporary = run.config.with_suffix(".tmp")
     temporary.write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(temporary, cell.config)
+    os.replace(temporary, run.config)
 
 
 def commit() -> str:
@@ -367,14 +367,14 @@ def stop_with_parent() -> None:
 
 
 def main() -> None:
-    cell = Cell(**json.loads(sys.argv[1]))
+    run = Run(**json.loads(sys.argv[1]))
     threading.Thread(target=stop_with_parent, daemon=True).start()
     th.set_num_threads(1)
-    # Products by oneDNN instead of MKL, which is slow on processors of other makers. It may use bfloat16 where that is faster
+    # Matmuls by oneDNN instead of MKL, which is slow on processors of other makers. It may use bfloat16 where that is faster
     # than float32, with AMX; elsewhere the numbers are float32's.
     th.set_float32_matmul_precision("medium")
-    make_variant(cell)
-    train(cell)
+    make_variant(run)
+    train(run)
 
 
 if __name__ == "__main__":
