@@ -1,24 +1,26 @@
 SHELL = /bin/bash
 LINT_PATHS = sb3_softq tests examples
 
-format:
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+format: ## format the code, sort imports
 	ruff format $(LINT_PATHS)
 	ruff check --select I --fix $(LINT_PATHS)
 
-lint:
+lint: ## ruff
 	ruff check $(LINT_PATHS)
 	ruff format --check $(LINT_PATHS)
 
-type:
+type: ## mypy
 	mypy
 
-# one worker per core, one torch thread each
-pytest:
-	OMP_NUM_THREADS=1 pytest -n 2
+pytest: ## tests, one worker per core with one torch thread each; shows the slowest ten
+	OMP_NUM_THREADS=1 pytest -n 2 --durations=10
 
-pytest-slow:
+pytest-slow: ## tests that learn for minutes
 	OMP_NUM_THREADS=1 pytest -n 2 -m slow
 
-commit-checks: lint type pytest
+commit-checks: lint type pytest ## all that CI runs
 
-.PHONY: format lint type pytest pytest-slow commit-checks
+.PHONY: help format lint type pytest pytest-slow commit-checks

@@ -23,13 +23,7 @@ from sb3_softq.optimization import LossAndStats, minimize
 from sb3_softq.options import ParticleOptions
 from sb3_softq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SoftQPolicy
 from sb3_softq.queries import Queries
-from sb3_softq.soft_value import (
-    effective_sample_size,
-    mixture_log_prob_and_score,
-    soft_value,
-    tanh_log_det,
-    uniform_proposal,
-)
+from sb3_softq.soft_value import effective_sample_size, mixture_log_prob_and_score, soft_value, tanh_log_det, uniform_proposal
 from sb3_softq.spaces import check_action_space
 from sb3_softq.stein import stein_direction, tanh_log_det_grad
 
@@ -98,11 +92,9 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
     :raises ValueError: if an argument is out of its range
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": MlpPolicy,
-        "CnnPolicy": CnnPolicy,
-        "MultiInputPolicy": MultiInputPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = dict(
+        MlpPolicy=MlpPolicy, CnnPolicy=CnnPolicy, MultiInputPolicy=MultiInputPolicy
+    )
     policy: SoftQPolicy
     actor: SamplingActor
     critic: ParticleCritic
@@ -151,17 +143,10 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
+        # in SB3's order
+        common = (policy, env, learning_rate, buffer_size, learning_starts, batch_size, tau, gamma, train_freq, gradient_steps)
         super().__init__(
-            policy,
-            env,
-            learning_rate,
-            buffer_size,
-            learning_starts,
-            batch_size,
-            tau,
-            gamma,
-            train_freq,
-            gradient_steps,
+            *common,
             action_noise,
             replay_buffer_class=replay_buffer_class,
             replay_buffer_kwargs=replay_buffer_kwargs,
@@ -228,11 +213,8 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
             sample_size = effective_sample_size(next_q_values, log_prob_a, ent_coef).mean()
 
         loss = 0.5 * (q_values - target).square().sum(dim=0).mean()
-        return loss, {
-            "critic_loss": loss.detach(),
-            "q_value": q_values.detach().mean(),
-            "effective_sample_size": sample_size,
-        }
+        stats = {"critic_loss": loss.detach(), "q_value": q_values.detach().mean(), "effective_sample_size": sample_size}
+        return loss, stats
 
     def propose(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
         if self.particle_options.proposal == "policy":
@@ -266,8 +248,7 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         stats = self._minimize(type(self).actor_loss, self.actor.optimizer, obs, ent_coef * self._annealing())
         self.policy.update_ema_actor(self.actor_tau)
         # the quantity that the actor maximizes, with the sign of a loss
-        loss = -(stats.pop("actor_q_value") + ent_coef * stats["entropy"])
-        return {"actor_loss": loss, **stats}
+        return {"actor_loss": -(stats.pop("actor_q_value") + ent_coef * stats["entropy"]), **stats}
 
     def actor_loss(self, obs: PyTorchObs, ent_coef: th.Tensor) -> LossAndStats:
         """
@@ -331,8 +312,6 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         if self.log_ent_coef is not None:
             return 1.0
         return self.annealing_clock.factor(self._current_progress_remaining, self._n_updates)
-
-    # ------------------------------------------------------------------ what both need
 
     def _minimize(self, loss: Callable[..., LossAndStats], optimizer: th.optim.Optimizer, *args: Any) -> dict[str, th.Tensor]:
         """One step down a loss that is a method of this agent's class, in bfloat16 and compiled as configured."""
@@ -414,7 +393,7 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
             self.policy.n_averaged = self._n_updates / self.policy_delay
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "averaged_actor"]
+        return [*super()._excluded_save_params(), "actor"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
