@@ -17,7 +17,7 @@ import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_softq import SoftQ
-from sb3_softq.policies import SamplingActor
+from sb3_softq.actor import SamplingActor
 
 RESULTS = Path(__file__).parent / "results"
 FPS, SECONDS, SIZE = 25, 6, 240

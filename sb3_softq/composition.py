@@ -76,7 +76,7 @@ class ComposedPolicy(SoftQPolicy):
 
     def __init__(
         self,
-        observation_space: spaces.Space,
+        observation_space: spaces.Space[Any],
         action_space: spaces.Box,
         lr_schedule: Schedule,
         members: Sequence[tuple[type[SoftQPolicy], dict[str, Any]]] = (),

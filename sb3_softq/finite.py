@@ -12,7 +12,7 @@ def check_finite(
     data: Any,
     num_timesteps: int,
     env_idx: int | None = None,
-    space: spaces.Space | None = None,
+    space: spaces.Space[Any] | None = None,
 ) -> None:
     """
     :param name: What the data is

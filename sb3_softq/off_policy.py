@@ -94,7 +94,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     @staticmethod
     @abstractmethod
-    def _check_action_space(space: spaces.Space) -> None:
+    def _check_action_space(space: spaces.Space[Any]) -> None:
         """Raise a ValueError if the algorithm cannot act in this space."""
 
     def _check_arguments(self) -> None:

@@ -21,6 +21,8 @@ from sb3_softq.checks import check_flag, check_integer, check_net_arch, check_nu
 from sb3_softq.critic import ParticleCritic
 from sb3_softq.networks import polyak_update
 
+__all__ = ["CnnPolicy", "MlpPolicy", "MultiInputPolicy", "ParticleCritic", "SamplingActor", "SoftQPolicy"]
+
 # Of Adam, as CrossQ has them: without target networks the momentum of the gradient is that of an older target. CrossQ's actor
 # has them too; ours then covers fewer modes.
 CRITIC_BETAS = (0.5, 0.999)
@@ -66,7 +68,7 @@ class SoftQPolicy(BasePolicy):
 
     def __init__(
         self,
-        observation_space: spaces.Space,
+        observation_space: spaces.Space[Any],
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
@@ -338,7 +340,7 @@ class CnnPolicy(SoftQPolicy):
 
     def __init__(
         self,
-        observation_space: spaces.Space,
+        observation_space: spaces.Space[Any],
         action_space: spaces.Box,
         lr_schedule: Schedule,
         features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
@@ -355,7 +357,7 @@ class MultiInputPolicy(SoftQPolicy):
 
     def __init__(
         self,
-        observation_space: spaces.Space,
+        observation_space: spaces.Space[Any],
         action_space: spaces.Box,
         lr_schedule: Schedule,
         features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,

@@ -1,5 +1,7 @@
 """Checks of spaces and of wrappers: what no network, buffer or action of ours can have is refused when the agent is made."""
 
+from typing import Any
+
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
@@ -9,11 +11,11 @@ class UnsupportedSpaceError(ValueError, AssertionError, NotImplementedError):
     """A space that an algorithm cannot have: a ValueError, and what Stable-Baselines3 raises there."""
 
 
-def _refuse(name: str, space: spaces.Space, allowed: str) -> UnsupportedSpaceError:
+def _refuse(name: str, space: spaces.Space[Any], allowed: str) -> UnsupportedSpaceError:
     return UnsupportedSpaceError(f"{name}={space!r} is not allowed: it must be {allowed}")
 
 
-def check_observation_space(space: spaces.Space) -> None:
+def check_observation_space(space: spaces.Space[Any]) -> None:
     """
     :param space: Observation space of the environment
     :raises ValueError: if Stable-Baselines3 has no features extractor for it
@@ -56,7 +58,7 @@ def check_vec_normalize(env: VecEnv) -> None:
         )
 
 
-def check_action_space(space: spaces.Space) -> None:
+def check_action_space(space: spaces.Space[Any]) -> None:
     """
     :param space: Action space of the environment
     :raises ValueError: if it is no Box of real numbers, empty, unbounded or has a dimension of width zero
@@ -86,7 +88,7 @@ def _width(space: spaces.Box) -> np.ndarray:
         return space.high - space.low
 
 
-def check_discrete_action_space(space: spaces.Space) -> None:
+def check_discrete_action_space(space: spaces.Space[Any]) -> None:
     """
     :param space: Action space of the environment
     :raises ValueError: if it is not Discrete, with actions from 0

@@ -31,7 +31,7 @@ class EnvWorker:
     def __init__(self, env_fns: list[Callable[[], gym.Env]]):
         self.envs = DummyVecEnv(env_fns)
 
-    def spaces(self) -> tuple[gym.Space, gym.Space]:
+    def spaces(self) -> tuple[gym.Space[Any], gym.Space[Any]]:
         return self.envs.observation_space, self.envs.action_space
 
     def reset(self, seed: int | None, options: list[dict[str, Any]]) -> tuple[VecEnvObs, list[dict[str, Any]]]:

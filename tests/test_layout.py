@@ -38,7 +38,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imports(tree: ast.Module) -> set[str]:
-    """Modules of the package that a module imports, in functions too; not for types alone, which are no imports when it runs."""
+    """Modules of the package that a module imports, in functions too; what is for types alone is no import when it runs."""
     for_types = {
         node
         for block in ast.walk(tree)

@@ -63,6 +63,7 @@ def mend_push_to_hub() -> None:
 
 
 def main() -> None:
+    """Run the command that the command line names."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in COMMANDS:
         known = f"commands: {', '.join(COMMANDS)}; python -m sb3_softq.zoo COMMAND --help shows the flags of one"
