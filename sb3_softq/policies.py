@@ -64,7 +64,7 @@ class SoftQPolicy(BasePolicy):
     ema_actor: SamplingActor
     critic: ParticleCritic
     critic_target: ParticleCritic | None
-    _ema_output: th.Tensor
+    _ema_bias: th.Tensor
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class SoftQPolicy(BasePolicy):
         self.actor.optimizer = self._make_optimizer(list(self.actor.parameters()), lr_schedule)
         self._ema_version = self._actor_version()
         # not saved; a buffer, so that it moves with the policy
-        self.register_buffer("_ema_output", self._output_layer(), persistent=False)
+        self.register_buffer("_ema_bias", self._output_bias().clone(), persistent=False)
         # A shared features extractor learns from the actor loss only, as in SAC
         actor_parameters = {id(param) for param in self.actor.parameters()}
         critic_parameters = [param for param in self.critic.parameters() if id(param) not in actor_parameters]
@@ -258,12 +258,12 @@ class SoftQPolicy(BasePolicy):
                 optimizer.step()
             model.predict(...)  # imitates; model.learn(...) goes on from there
 
-        Noticed is all that changes the output layer, and in other layers what autograd sees, as the steps of most optimizers
-        and ``load_state_dict``. From the copy, averaging goes on with the coefficient of late training.
+        Noticed is all that changes the bias of the output layer, and elsewhere what autograd sees, as the steps of most
+        optimizers and ``load_state_dict``. From the copy, averaging goes on with the coefficient of late training.
 
         :param force: Copy in any case: for what fused optimizers or ``.data`` have written into other layers alone
         """
-        written = self._actor_version() != self._ema_version or not th.equal(self._output_layer(), self._ema_output)
+        written = self._actor_version() != self._ema_version or not th.equal(self._output_bias(), self._ema_bias)
         if force or written:
             polyak_update(self.actor, self.ema_actor, tau=1.0)
             self.n_averaged = MATURE
@@ -272,16 +272,15 @@ class SoftQPolicy(BasePolicy):
     def _follow(self) -> None:
         """The EMA actor belongs to the actor as it stands."""
         self._ema_version = self._actor_version()
-        self._ema_output = self._output_layer()
+        self._ema_bias = self._output_bias().clone()
 
     def _actor_version(self) -> int:
         """Changes when autograd sees that the actor's weights are written to, which is not so with fused optimizers."""
         return sum(parameter._version for parameter in self.actor.optimizer.param_groups[0]["params"])
 
-    def _output_layer(self) -> th.Tensor:
+    def _output_bias(self) -> th.Tensor:
         """What any training of the actor changes."""
-        layer = self.actor.head[-1]
-        return th.cat([layer.weight.detach().flatten(), layer.bias.detach()])  # type: ignore[operator]
+        return self.actor.head[-1].bias.detach()  # type: ignore[operator]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.sync_ema_actor()
@@ -324,7 +323,7 @@ class SoftQPolicy(BasePolicy):
         self._ema_version = self._actor_version()
         # they did not have these
         self.__dict__.setdefault("n_averaged", MATURE)
-        self.register_buffer("_ema_output", self._output_layer(), persistent=False)
+        self.register_buffer("_ema_bias", self._output_bias().clone(), persistent=False)
         self.ema_actor.freeze()
         if self.critic_target is not None:
             self.critic_target.freeze()
