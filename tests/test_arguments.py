@@ -25,7 +25,6 @@ from tests.conftest import OneStep, OneStepDiscrete, refused, tiny
 
 NAN, INF = float("nan"), float("inf")
 
-
 INTEGERS = {
     "buffer_size": 1,
     "batch_size": 1,

@@ -22,8 +22,6 @@ from sb3_softq.finite import check_finite
 from tests.conftest import OneStep, tiny
 
 NAN, INF = float("nan"), float("inf")
-
-
 BOX = spaces.Box(-np.inf, np.inf, (2,), dtype=np.float32)
 
 
@@ -46,8 +44,7 @@ class Returns(gym.Env):
 
 def make(env, algorithm=SoftQ):
     policy = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
-    arguments = dict(learning_starts=4, batch_size=4, buffer_size=50, policy_kwargs=dict(net_arch=[4]), device="cpu")
-    return algorithm(policy, env, **arguments)
+    return tiny(env, algorithm, policy=policy)
 
 
 @pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])

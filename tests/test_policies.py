@@ -1,5 +1,4 @@
-"""The policy: its networks are those asked for, what trains the actor is seen, target and average stand still, what is saved
-holds weights alone."""
+"""The policy: networks as asked for, an average that sees what trains the actor, a target that stands still."""
 
 import copy
 import pickle
@@ -24,8 +23,6 @@ from sb3_softq.composition import SumOfCritics
 from tests.conftest import check_training, flat, hidden_sizes, small
 
 OBS = np.random.default_rng(0).uniform(-1, 1, (64, 3)).astype(np.float32)
-
-
 # where a demonstrator goes, in the environment's units
 DEMONSTRATED = OBS[:, :1]
 
