@@ -37,13 +37,15 @@ def train_on(model, n=1):
 
 
 def clone(model, act, optimizer):
-    """Supervised steps towards the demonstrations, as one would take them with SAC."""
+    """Supervised steps towards the demonstrations, as one would take them with SAC, until they are imitated."""
     target = th.as_tensor(model.policy.scale_action(DEMONSTRATED))
     for _ in range(300):
         loss = (act(th.as_tensor(OBS), True) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if loss < 0.003:
+            break
     return loss.item()
 
 
