@@ -10,7 +10,7 @@ from tests.conftest import check_training, hidden_sizes, small
 
 
 @pytest.mark.parametrize("head_arch", [[], [5], (4, 3, 2)])
-def test_head_arch(head_arch):
+def test_the_head_has_the_hidden_layers_asked_for(head_arch):
     model = small(policy_kwargs={"head_arch": head_arch})
     assert hidden_sizes(model.actor.head) == list(head_arch)
     check_training(model)

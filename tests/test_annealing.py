@@ -10,7 +10,7 @@ from sb3_softq import SoftQ
 from tests.conftest import check_training, flat, small
 
 
-def test_temperature_schedules():
+def test_temperature_and_annealing_end_where_their_schedules_end():
     model = small(ent_coef=LinearSchedule(0.5, 0.1, 1.0), annealing=LinearSchedule(10.0, 1.0, 1.0))
     assert model.ent_coef_tensor.item() == pytest.approx(0.5)
     assert model._annealing() == pytest.approx(10.0)

@@ -24,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
         ("annealing", "Auto", "one of 'auto'"),
     ],
 )
-def test_names(name, value, hint):
+def test_names_that_do_not_exist_are_answered_with_those_that_do(name, value, hint):
     assert hint in refused(name, value)
 
 
@@ -34,7 +34,7 @@ def test_annealing_is_at_least_one(value):
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.5, NAN, "0.5", True])
-def test_kernel_update_ratio(value):
+def test_kernel_update_ratio_is_a_share(value):
     assert "a finite number > 0.0 and <= 1.0" in refused("kernel_update_ratio", value)
 
 
@@ -72,7 +72,7 @@ def test_options_are_those_of_the_dataclass():
         options.kernel = "rbf"
 
 
-def test_sql_2017():
+def test_the_recipe_of_2017_trains():
     """All arguments of the recipe are accepted, and it trains."""
     model = tiny(**SQL_2017, ent_coef=0.1)
     assert model.particle_options.repulsion == "kernel"

@@ -347,7 +347,7 @@ def image_env():
     ("net_arch", "actor_sizes", "critic_sizes"),
     [([], [], []), ([4], [4], [4]), ([4, 6], [4, 6], [4, 6]), ({"pi": [8, 4], "qf": [6]}, [8, 4], [6])],
 )
-def test_net_arch(net_arch, actor_sizes, critic_sizes):
+def test_critics_and_trunk_have_the_hidden_layers_asked_for(net_arch, actor_sizes, critic_sizes):
     model = small(policy_kwargs={"net_arch": net_arch}, tau=0.5)
     assert hidden_sizes(model.actor.trunk, n_outputs=0) == actor_sizes
     for critic in (model.critic, model.critic_target):
@@ -355,7 +355,7 @@ def test_net_arch(net_arch, actor_sizes, critic_sizes):
     check_training(model)
 
 
-def test_default_net_arch():
+def test_default_hidden_layers():
     model = small(policy_kwargs={"net_arch": None})
     assert hidden_sizes(model.actor.trunk, n_outputs=0) == [256]
     assert hidden_sizes(model.actor.head) == [64, 64]
@@ -363,7 +363,7 @@ def test_default_net_arch():
 
 
 @pytest.mark.parametrize("n_critics", [1, 3])
-def test_n_critics(n_critics):
+def test_q_is_the_minimum_of_all_critics(n_critics):
     model = small(policy_kwargs={"n_critics": n_critics})
     obs, actions = th.zeros(5, 3), th.zeros(5, 1)
     q_values = model.critic(obs, actions)
@@ -375,7 +375,7 @@ def test_n_critics(n_critics):
 
 
 @pytest.mark.parametrize("activation_fn", [nn.Tanh, nn.ELU, nn.ReLU])
-def test_activation(activation_fn):
+def test_all_networks_have_the_activation_asked_for(activation_fn):
     model = small(policy_kwargs={"activation_fn": activation_fn}, tau=0.5)
     for net in (model.actor.trunk, model.actor.head, *model.critic.q_networks, *model.critic_target.q_networks):
         assert any(isinstance(layer, activation_fn) for layer in net)
@@ -392,7 +392,7 @@ def test_activation(activation_fn):
         (th.optim.SGD, None, None),
     ],
 )
-def test_optimizer(optimizer_class, optimizer_kwargs, fused):
+def test_actor_and_critics_have_the_optimizer_asked_for(optimizer_class, optimizer_kwargs, fused):
     model = small(policy_kwargs={"optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs})
     for optimizer in (model.actor.optimizer, model.critic.optimizer):
         assert type(optimizer) is optimizer_class
@@ -402,7 +402,7 @@ def test_optimizer(optimizer_class, optimizer_kwargs, fused):
 
 
 @pytest.mark.parametrize("share_features_extractor", [True, False])
-def test_cnn_policy(share_features_extractor):
+def test_a_shared_features_extractor_learns_from_the_actor_alone(share_features_extractor):
     model = small(
         SoftQ,
         "CnnPolicy",
@@ -426,7 +426,7 @@ def test_cnn_policy(share_features_extractor):
     assert model.predict(obs)[0].shape == model.action_space.shape
 
 
-def test_multi_input_policy():
+def test_dict_observations_are_stored_and_learned_from():
     env = SimpleMultiObsEnv(discrete_actions=False)
     model = small(
         SoftQ, "MultiInputPolicy", env, policy_kwargs={"features_extractor_kwargs": {"cnn_output_dim": 8}}, buffer_size=50
@@ -435,7 +435,7 @@ def test_multi_input_policy():
     check_training(model, 16)
 
 
-def test_dropout_and_batch_norm():
+def test_training_mode_is_for_training_only():
     """Training mode for training only; the target's running statistics follow the critic's, whatever tau is."""
 
     class Extractor(nn.Sequential):

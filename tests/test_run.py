@@ -15,7 +15,7 @@ from tests.conftest import RandomEnv, check_training, small
 
 
 @pytest.mark.parametrize("train_freq", [5, (5, "step"), (1, "episode")])
-def test_train_freq(train_freq):
+def test_as_many_updates_as_train_freq_asks_for(train_freq):
     env = gym.wrappers.TimeLimit(gym.make("Pendulum-v1"), 10)
     model = small(env=env, train_freq=train_freq, gradient_steps=2, learning_starts=0)
     check_training(model, 40)
@@ -34,7 +34,7 @@ def test_several_environments(n_envs):
 
 
 @pytest.mark.parametrize("noise_class", [NormalActionNoise, OrnsteinUhlenbeckActionNoise])
-def test_action_noise(noise_class):
+def test_noise_changes_actions_that_stay_in_the_box(noise_class):
     quiet, noisy = small(learning_starts=0), small(learning_starts=0, action_noise=noise_class(np.zeros(1), 0.5 * np.ones(1)))
     for model in (quiet, noisy):
         check_training(model, 20)
@@ -42,7 +42,7 @@ def test_action_noise(noise_class):
     assert not np.array_equal(quiet.replay_buffer.actions, noisy.replay_buffer.actions)
 
 
-def test_optimize_memory_usage():
+def test_a_memory_efficient_buffer_is_filled():
     model = small(optimize_memory_usage=True, replay_buffer_kwargs={"handle_timeout_termination": False}, buffer_size=16)
     check_training(model, 40)
     assert model.replay_buffer.full
@@ -74,7 +74,7 @@ def test_action_spaces(action_space, deterministic):
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "Reacher-v5"])
-def test_mujoco(env_id):
+def test_mujoco_environments(env_id):
     model = small(env=env_id)
     check_training(model)
     assert model.policy.observation_space == gym.make(env_id).observation_space

@@ -81,7 +81,7 @@ def test_critics_regress_on_the_discounted_soft_value(n_steps, tau, batch_norm):
     ("proposal", "n_value_particles"),
     [("policy", 1), ("policy", 5), ("uniform", 1), ("uniform", 5)],
 )
-def test_proposals(smoothing, proposal, n_value_particles):
+def test_effective_sample_size_is_between_one_and_all_particles(smoothing, proposal, n_value_particles):
     model = small(proposal=proposal, n_value_particles=n_value_particles, policy_kwargs={"smoothing": smoothing})
     logged = check_training(model)
     assert 1.0 - 1e-5 <= logged["train/effective_sample_size"] <= n_value_particles + 1e-5
@@ -89,7 +89,7 @@ def test_proposals(smoothing, proposal, n_value_particles):
 
 @pytest.mark.parametrize("smoothing", ["learned", "local", "none"])
 @pytest.mark.parametrize("kernel_update_ratio", [None, 0.5, 0.1])
-def test_kernel_repulsion(smoothing, kernel_update_ratio):
+def test_it_trains_with_the_repulsion_of_the_kernel(smoothing, kernel_update_ratio):
     model = small(
         repulsion="kernel",
         kernel_update_ratio=kernel_update_ratio,
@@ -101,7 +101,7 @@ def test_kernel_repulsion(smoothing, kernel_update_ratio):
 @pytest.mark.parametrize("smoothing", ["learned", "local"])
 @pytest.mark.parametrize("kernel", ["rbf", "delta"])
 @pytest.mark.parametrize("n_actor_particles", [1, 2, 5])
-def test_density_repulsion(smoothing, kernel, n_actor_particles):
+def test_it_trains_with_the_repulsion_of_the_density(smoothing, kernel, n_actor_particles):
     model = small(kernel=kernel, n_actor_particles=n_actor_particles, n_actor_states=3, policy_kwargs={"smoothing": smoothing})
     check_training(model)
 
@@ -150,7 +150,7 @@ def test_temperature_follows_the_entropy(target_entropy, sign):
     assert np.sign(model.log_ent_coef.item() - before) == sign
 
 
-def test_auto_target_entropy():
+def test_target_entropy_is_minus_the_number_of_actions():
     model = small(env=RandomEnv(spaces.Box(-1, 1, (2, 2), dtype=np.float32)))
     assert model.target_entropy == -4.0
 
@@ -164,7 +164,7 @@ def test_fixed_temperature_is_not_learned():
     assert "train/ent_coef_loss" not in logged
 
 
-def test_schedules():
+def test_learning_rates_end_where_their_schedules_end():
     """The last update happens when no progress remains, and so with the end value of each schedule."""
     model = small(
         learning_rate=LinearSchedule(1e-3, 1e-4, 1.0),
@@ -208,7 +208,7 @@ def test_actor_learning_rate_is_the_critics_by_default():
 
 
 @pytest.mark.parametrize("policy_delay", [1, 2])
-def test_ema_actor(policy_delay):
+def test_the_average_follows_the_actor(policy_delay):
     """Against weights in float64: first over the last ninth of the actor's updates, then with the step that was asked for."""
     model = small(actor_tau=0.4, learning_starts=1000, policy_delay=policy_delay, learning_rate=1e-2).learn(20)
     expected = flat(model.actor).double()
@@ -222,12 +222,12 @@ def test_ema_actor(policy_delay):
     assert not any(parameter.requires_grad for parameter in model.ema_actor.parameters())
 
 
-def test_average_of_one():
+def test_an_average_over_one_update_is_the_actor():
     model = small(actor_tau=1.0).learn(20)
     assert th.equal(flat(model.ema_actor), flat(model.actor))
 
 
-def test_target_update_interval():
+def test_targets_are_updated_once_per_interval():
     model = small(target_update_interval=3, tau=1.0, learning_starts=0, learning_rate=1e-2)
     before = flat(model.critic_target)
     model.learn(2)
@@ -238,7 +238,7 @@ def test_target_update_interval():
     assert th.equal(flat(model.critic_target), flat(model.critic))
 
 
-def test_policy_delay():
+def test_actor_and_temperature_learn_once_per_policy_delay():
     model = small(policy_delay=3, learning_starts=0)
     modules = model.actor, model.critic
     before = [flat(module) for module in modules]

@@ -32,7 +32,7 @@ NAN, INF = float("nan"), float("inf")
     ],
     ids=["no_width", "no_dimension", "integers"],
 )
-def test_action_space(space):
+def test_action_spaces_that_no_policy_has(space):
     with pytest.raises(ValueError, match=r"action_space=Box.* is not allowed: it must be a Box of floats with finite bounds"):
         tiny(OneStep(space))
 
@@ -126,7 +126,7 @@ def test_boxes_whose_width_does_not(high, dtype):
 @pytest.mark.parametrize(
     "space", [spaces.Tuple([spaces.Discrete(2)]), spaces.Text(3), spaces.Dict(a=spaces.Dict(b=spaces.Discrete(2)))]
 )
-def test_observation_spaces(space):
+def test_kinds_of_observations_that_no_network_takes(space):
     env = OneStep()
     env.observation_space = space
     with pytest.raises(ValueError, match=r"observation_space=.* is not allowed: it must be a Box, Discrete"):
