@@ -1,11 +1,58 @@
-"""What the tests share: small agents, and their weights as one vector."""
+"""What the tests share: environments, small agents, and what is asked of them."""
 
+import re
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
+import pytest
 import torch as th
+from gymnasium import spaces
 from torch import nn
 
 from sb3_softq import ParticleOptions, SoftQ
+from sb3_softq.critic import JointBatchNorm
+
+
+class OneStep(gym.Env):
+    """One step per episode, with fixed observations and rewards."""
+
+    def __init__(self, action_space=None, observation=0.0, reward=1.0):
+        self.action_space = action_space or spaces.Box(-1, 1, (2,), dtype=np.float32)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (1,), dtype=np.float32)
+        self.observation = np.array([observation], dtype=np.float32)
+        self.reward = reward
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation, {}
+
+    def step(self, action):
+        return self.observation, self.reward, True, False, {}
+
+
+class OneStepDiscrete(OneStep):
+    """The same with three actions."""
+
+    def __init__(self):
+        super().__init__(spaces.Discrete(3))
+
+
+class RandomEnv(gym.Env):
+    """Random observations, a reward for large actions, episodes of 20 steps."""
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+        self.observation_space = spaces.Box(-1.0, 1.0, (3,), dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.np_random.uniform(-1.0, 1.0, 3).astype(np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.t += 1
+        return self.np_random.uniform(-1.0, 1.0, 3).astype(np.float32), float(action.sum()), False, self.t == 20, {}
 
 
 def grouped(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -38,3 +85,47 @@ def small(
 def flat(module: nn.Module) -> th.Tensor:
     """A copy of all parameters, as one vector."""
     return nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
+def tiny(env: Any = None, algorithm: Any = SoftQ, **kwargs: Any) -> Any:
+    """An agent of four hidden units that acts once per episode, unseeded: where only whether it works matters."""
+    arguments: dict[str, Any] = {"learning_starts": 4, "batch_size": 4, "buffer_size": 50, "seed": None, "width": 4}
+    return small(algorithm, env=env or OneStep(), **(arguments | kwargs))
+
+
+def refused(name: str, value: Any, **kwargs: Any) -> str:
+    """Making the agent fails, and the message says what was wrong, so that it can be put right without the source."""
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not allowed: it must be ")) as excinfo:
+        tiny(**{name: value}, **kwargs)
+    return str(excinfo.value)
+
+
+def check_training(model: Any, n_timesteps: int = 24) -> dict[str, Any]:
+    """Train: actor, critic and target move, and everything that is learned or logged is finite."""
+    modules = [m for m in (model.actor, model.ema_actor, model.critic, model.critic_target) if m is not None]
+    before = [flat(module) for module in modules]
+    model.learn(n_timesteps)
+    assert model._n_updates > 0
+    for module, old in zip(modules, before, strict=True):
+        new = flat(module)
+        assert th.isfinite(new).all()
+        assert not th.equal(new, old)
+    logged = {key: value for key, value in model.logger.name_to_value.items() if key.startswith("train/")}
+    assert np.isfinite(list(logged.values())).all()
+    return logged
+
+
+def hidden_sizes(net: Any, n_outputs: int = 1) -> list[int]:
+    """Widths of the hidden layers."""
+    sizes = [layer.out_features for layer in net if isinstance(layer, nn.Linear)]
+    return sizes[: len(sizes) - n_outputs]
+
+
+def batch_normalised(net: Any, x: th.Tensor) -> th.Tensor:
+    """A critic network in training mode: by the statistics of x itself."""
+    for layer in net:
+        if isinstance(layer, JointBatchNorm):
+            x = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-3).sqrt() * layer.weight + layer.bias
+        else:
+            x = layer(x)
+    return x.squeeze(1)

@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softq import SoftQ, checkpoint
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, latest, resume, steps_done
+from tests.conftest import flat, small
 
 ROOT = Path(__file__).parent.parent
 # Saves as fast as it can, and says so once there is something to resume from
@@ -41,8 +42,7 @@ def pendulum():
 
 
 def make(env=None, cls=SoftQ, **kwargs):
-    tiny = dict(policy_kwargs=dict(net_arch=[8]), buffer_size=500, learning_starts=20, batch_size=8, seed=0)
-    return cls("MlpPolicy", env or pendulum(), **{**tiny, **kwargs})
+    return small(cls, env=env or pendulum(), **{"buffer_size": 500, "learning_starts": 20, **kwargs})
 
 
 def train(path, steps=60, save_freq=10_000, **kwargs):
@@ -54,10 +54,6 @@ def reload(path, env=None, cls=SoftQ):
     return resume(cls, path, env or pendulum())
 
 
-def weights(model):
-    return th.cat([param.detach().flatten() for param in model.policy.parameters()])
-
-
 @pytest.mark.parametrize("cls", [SoftQ, SAC])
 def test_round_trip(tmp_path, cls):
     model = train(tmp_path, cls=cls)
@@ -66,7 +62,7 @@ def test_round_trip(tmp_path, cls):
     assert expected == (random.random(), np.random.rand(), th.rand(1).item(), resumed.action_space.sample().item())
     assert resumed.num_timesteps == steps_done(tmp_path) == 60
     assert resumed._n_updates == model._n_updates > 0
-    th.testing.assert_close(weights(resumed), weights(model), rtol=0, atol=0)
+    th.testing.assert_close(flat(resumed.policy), flat(model.policy), rtol=0, atol=0)
     th.testing.assert_close(resumed.log_ent_coef, model.log_ent_coef, rtol=0, atol=0)
     assert resumed.replay_buffer.size() == model.replay_buffer.size() == 60
     for name in ("observations", "next_observations", "actions", "rewards"):
@@ -83,7 +79,7 @@ def test_training_goes_on(tmp_path):
         model.learn(40, callback=ResumableCheckpoint(15, copy), reset_num_timesteps=False)
         assert model.num_timesteps == steps_done(copy) == model.replay_buffer.size() == 100
         assert model._total_timesteps == 100
-        results.append(weights(model))
+        results.append(flat(model.policy))
         shutil.rmtree(copy)
     # every random generator is restored: the same steps come again
     th.testing.assert_close(results[0], results[1], rtol=0, atol=0)
@@ -216,18 +212,18 @@ def test_interrupted_at_every_call(tmp_path, monkeypatch):
 
 def test_a_diverged_agent_is_not_saved(tmp_path):
     model = train(tmp_path)
-    saved = weights(model)
+    saved = flat(model.policy)
     with th.no_grad():
         model.actor.head[0].bias[0] = float("nan")
     callback = ResumableCheckpoint(1, tmp_path)
     callback.init_callback(model)
     with pytest.raises(ValueError, match=r"parameter actor.head.0.bias is not finite at step 60"):
         callback.save()
-    assert th.equal(weights(reload(tmp_path)), saved)
+    assert th.equal(flat(reload(tmp_path).policy), saved)
 
 
 def test_killed_while_saving(tmp_path):
-    for delay in (0.0, 0.03, 0.1):
+    for delay in (0.0, 0.05):
         path = tmp_path / str(delay)
         with subprocess.Popen(
             [sys.executable, "-c", SAVE_IN_A_LOOP, str(path)],

@@ -8,21 +8,16 @@ import sys
 import pytest
 import torch as th
 from stable_baselines3.common.envs import SimpleMultiObsEnv
-from torch.nn.utils import parameters_to_vector
 
 from sb3_softq import SQL_2017, SoftQ
 from sb3_softq.checks import check_compiler
+from tests.conftest import flat, small
 
 
-def make(compile, policy="MlpPolicy", env="Pendulum-v1", **kwargs):
+def make(compile, policy_kwargs=None, **kwargs):
     # eps: Adam would divide small gradients, and what was rounded in them, by their own size
-    policy_kwargs = dict(net_arch=[16], optimizer_kwargs=dict(eps=1e-3)) | kwargs.pop("policy_kwargs", {})
-    arguments = dict(learning_starts=8, batch_size=8, buffer_size=200, seed=0, policy_kwargs=policy_kwargs)
-    return SoftQ(policy, env, compile=compile, device="cpu", **(arguments | kwargs))
-
-
-def parameters(module):
-    return parameters_to_vector(module.parameters()).detach().clone()
+    policy_kwargs = dict(optimizer_kwargs=dict(eps=1e-3)) | (policy_kwargs or {})
+    return small(compile=compile, width=16, policy_kwargs=policy_kwargs, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +33,12 @@ def parameters(module):
 )
 def test_same_numbers(kwargs):
     pair = [make(compile, **kwargs) for compile in (False, True)]
-    before = parameters(pair[0].policy)
+    before = flat(pair[0].policy)
     for model in pair:
         model.set_random_seed(1)
         model.learn(12)
         assert model._n_updates == 4
-    eager, compiled = (parameters(model.policy) - before for model in pair)
+    eager, compiled = (flat(model.policy) - before for model in pair)
     assert eager.abs().max() > 1e-4
     th.testing.assert_close(compiled, eager, rtol=0.02, atol=1e-5)
 
@@ -56,21 +51,21 @@ def test_what_changes_later_reaches_the_compiled_updates(tmp_path):
     assert loaded.compile
     loaded.set_logger(original.logger)
     copied = copy.deepcopy(original)
-    untouched = parameters(original.policy)
+    untouched = flat(original.policy)
     for model in (loaded, copied):
         model.tau, model.ent_coef, model.gamma = 0.0, 50.0, 0.5
         model.lr_schedule = lambda _: 0.0
         model.replay_buffer = original.replay_buffer
-        before, target = parameters(model.critic), parameters(model.critic_target)
+        before, target = flat(model.critic), flat(model.critic_target)
         model.logger.dump()
         model.train(1, 8)
-        assert th.equal(parameters(model.critic), before)
-        assert th.equal(parameters(model.critic_target), target)
+        assert th.equal(flat(model.critic), before)
+        assert th.equal(flat(model.critic_target), target)
         assert model.logger.name_to_value["train/ent_coef"] == 50.0
         model.lr_schedule = lambda _: 1e-3
         model.train(1, 8)
-        assert not th.equal(parameters(model.critic), before)
-    assert th.equal(parameters(original.policy), untouched)
+        assert not th.equal(flat(model.critic), before)
+    assert th.equal(flat(original.policy), untouched)
 
 
 @pytest.mark.parametrize("loaded", [False, True])

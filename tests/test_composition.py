@@ -12,13 +12,13 @@ from sb3_softq import SoftQ
 from sb3_softq.composition import ComposedSoftQ, compose
 from sb3_softq.envs import MultiGoalEnv
 from sb3_softq.envs.multi_goal import roll_out
+from tests.conftest import flat, small
 
-SETTINGS = dict(learning_starts=20, batch_size=16, buffer_size=300, ent_coef=0.5, device="cpu", seed=0)
+SETTINGS = dict(learning_starts=20, batch_size=16, buffer_size=300, ent_coef=0.5)
 
 
 def agent(env="Pendulum-v1", steps=30, policy="MlpPolicy", **kwargs):
-    arguments = SETTINGS | dict(policy_kwargs=dict(net_arch=[8])) | kwargs
-    return SoftQ(policy, env, **arguments).learn(steps)
+    return small(SoftQ, policy, env, **(SETTINGS | kwargs)).learn(steps)
 
 
 def test_q_is_the_weighted_sum_and_frozen():
@@ -26,11 +26,11 @@ def test_q_is_the_weighted_sum_and_frozen():
     rng = np.random.default_rng(0)
     obs, actions = rng.normal(size=(7, 3)).astype(np.float32), rng.uniform(-2, 2, size=(7, 4, 1)).astype(np.float32)
     expected = 2.0 * agents[0].q_values(obs, actions) - 0.5 * agents[1].q_values(obs, actions)
-    before = [th.nn.utils.parameters_to_vector(a.policy.parameters()).clone() for a in agents]
+    before = [flat(a.policy) for a in agents]
     model = compose(agents, weights=[2.0, -0.5], gradient_steps=20)
     np.testing.assert_allclose(model.q_values(obs, actions), expected, rtol=1e-4, atol=1e-5)
     for a, parameters in zip(agents, before, strict=True):
-        assert th.equal(th.nn.utils.parameters_to_vector(a.policy.parameters()), parameters)
+        assert th.equal(flat(a.policy), parameters)
     assert model.ent_coef == 0.5
     # the other ways of asking work too
     assert np.isfinite(model.soft_value(obs)).all()
@@ -86,9 +86,9 @@ def test_save_load_and_compose_again(tmp_path):
 def test_it_can_go_on_in_the_environment():
     model = compose([agent(), agent(seed=1)], gradient_steps=2)
     q = model.q_values(np.ones((1, 3), dtype=np.float32), np.ones((1, 1)))
-    actor = th.nn.utils.parameters_to_vector(model.actor.parameters()).clone()
+    actor = flat(model.actor)
     model.learn(30)
-    assert not th.equal(actor, th.nn.utils.parameters_to_vector(model.actor.parameters()))
+    assert not th.equal(actor, flat(model.actor))
     np.testing.assert_array_equal(q, model.q_values(np.ones((1, 3), dtype=np.float32), np.ones((1, 1))))
 
 
@@ -103,11 +103,11 @@ def test_dict_observations():
 def test_two_agents_agree_on_the_common_goal():
     def learn(goals):
         env = gym.make("sb3_softq/MultiGoal-v0", goals=goals)
-        settings = dict(ent_coef=10.0, learning_rate=1e-3, batch_size=64, buffer_size=10_000, tau=0.01, seed=0)
-        return SoftQ("MlpPolicy", env, device="cpu", **settings).learn(2_500)
+        settings = dict(ent_coef=10.0, learning_rate=1e-3, learning_starts=100, batch_size=64, buffer_size=10_000, tau=0.01)
+        return small(env=env, policy_kwargs=dict(net_arch=[64, 64]), **settings).learn(1_500)
 
     right, up, down = (5.0, 0.0), (0.0, 5.0), (0.0, -5.0)
-    both = compose([learn([right, up]), learn([right, down])], gradient_steps=1_000)
+    both = compose([learn([right, up]), learn([right, down])], gradient_steps=400)
     goals = roll_out(both, MultiGoalEnv([right, up, down]), 50)[1]
     assert (goals == 0).mean() > 0.8
 

@@ -170,8 +170,8 @@ def test_pusher(tmp_path):
 
 def test_robustness(tmp_path):
     task = ("--env", "InvertedPendulum-v5", "--body", "pole", "--threshold", 1, "--forces", 0, 50)
-    output = example("robustness.py", *task, "--steps", 1000, "--seeds", 0, "--out", tmp_path / "figure.png")
-    assert output.count("1000 steps: ") == 2
+    output = example("robustness.py", *task, "--steps", 500, "--seeds", 0, "--out", tmp_path / "figure.png")
+    assert output.count("500 steps: ") == 2
     rows = [row.split(",") for row in (tmp_path / "figure.csv").read_text().splitlines()]
     assert [row[1] for row in rows] == ["algo", "SoftQ", "SAC"]
     # nobody stands against 50 newtons

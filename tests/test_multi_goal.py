@@ -11,11 +11,11 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.logger import configure
 
-from sb3_softq import SoftQ
 from sb3_softq.callbacks import GoalCallback, PlotCallback
 from sb3_softq.envs import MultiGoalEnv
 from sb3_softq.envs.multi_goal import GOALS, roll_out
 from sb3_softq.plots import draw_multi_goal, figure_to_array, new_figure, plot_level_curves
+from tests.conftest import small
 
 
 class Towards:
@@ -29,11 +29,6 @@ class Towards:
         in_turn = np.arange(len(obs)) % len(self.goals)
         chosen = np.where(np.linalg.norm(obs, axis=1) < 0.6, in_turn, nearest)
         return np.clip(self.goals[chosen] - obs, -1.0, 1.0), None
-
-
-def make(env=None, **kwargs):
-    arguments = dict(learning_starts=20, batch_size=8, policy_kwargs=dict(net_arch=[8]), device="cpu", seed=0)
-    return SoftQ("MlpPolicy", env or "sb3_softq/MultiGoal-v0", **(arguments | kwargs))
 
 
 def test_it_is_a_proper_environment():
@@ -131,7 +126,7 @@ def test_rollouts_know_their_goals():
 
 
 def test_goal_callback(tmp_path):
-    model = make()
+    model = small(env="sb3_softq/MultiGoal-v0")
     model.set_logger(configure(str(tmp_path), ["csv"]))
     callback = GoalCallback(MultiGoalEnv(), freq=10, n_rollouts=8)
     model.learn(30, callback)
@@ -175,12 +170,12 @@ def test_rollouts_have_the_colour_of_their_goal():
 
 def test_level_curves():
     _, axes = new_figure(3, 3)
-    plot_level_curves(axes, make(), np.zeros(2, dtype=np.float32), n_samples=50, n_grid=10)
+    plot_level_curves(axes, small(env="sb3_softq/MultiGoal-v0"), np.zeros(2, dtype=np.float32), n_samples=50, n_grid=10)
     (samples,) = axes.lines
     assert len(samples.get_xdata()) == 50
     assert axes.get_xlim() == (-1.0, 1.0)
     _, axes = new_figure(3, 3)
-    plot_level_curves(axes, make("Hopper-v5"), np.zeros(11), dims=(2, 0), n_samples=5, n_grid=10)
+    plot_level_curves(axes, small(env="Hopper-v5"), np.zeros(11), dims=(2, 0), n_samples=5, n_grid=10)
     assert len(axes.lines[0].get_xdata()) == 5
 
 
@@ -188,7 +183,7 @@ def test_level_curves():
 def test_level_curves_ask_for_two_dimensions(dims):
     _, axes = new_figure(3, 3)
     with pytest.raises(ValueError, match=r"dims=.* with 3 action dimensions: it must name two of them"):
-        plot_level_curves(axes, make("Hopper-v5"), np.zeros(11), dims=dims)
+        plot_level_curves(axes, small(env="Hopper-v5"), np.zeros(11), dims=dims)
 
 
 def test_plot_callback(tmp_path):

@@ -1,4 +1,4 @@
-"""The policy: what trains the actor is seen, target and average stand still, what is saved holds weights alone."""
+"""The policy: networks as asked for, an average that sees what trains the actor, a target that stands still."""
 
 import copy
 import pickle
@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecTransposeImage, is_vecenv_wrapped
 from torch import nn
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.composition import SumOfCritics
-from sb3_softq.critic import JointBatchNorm, folded
-from sb3_softq.networks import particle_forward
-from tests.conftest import flat, small
+from tests.conftest import check_training, flat, hidden_sizes, small
 
 OBS = np.random.default_rng(0).uniform(-1, 1, (64, 3)).astype(np.float32)
 # where a demonstrator goes, in the environment's units
@@ -36,13 +37,15 @@ def train_on(model, n=1):
 
 
 def clone(model, act, optimizer):
-    """Supervised steps towards the demonstrations, as one would take them with SAC."""
+    """Supervised steps towards the demonstrations, as one would take them with SAC, until they are imitated."""
     target = th.as_tensor(model.policy.scale_action(DEMONSTRATED))
     for _ in range(300):
         loss = (act(th.as_tensor(OBS), True) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if loss < 0.003:
+            break
     return loss.item()
 
 
@@ -322,26 +325,6 @@ def test_predict_in_another_thread_answers_from_the_average():
     assert model.replay_buffer.actions[10:200].mean() > 0.5
 
 
-@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1e6, 1.0), (-3e5, 0.1), (1e4, 1e-2)])
-@pytest.mark.parametrize("n_particles", [1, 4])
-def test_observations_far_from_zero_keep_their_digits(mean, std, n_particles):
-    """The folded first layer against normalisation before it, in double precision."""
-    th.manual_seed(0)
-    features = mean + std * th.randn(128, 17, dtype=th.float64)
-    features, actions = features.float(), th.rand(128, n_particles, 6) * 2 - 1
-    norm, linear = JointBatchNorm(23), nn.Linear(23, 64)
-    norm.running_mean[:17], norm.running_var[:17] = features.double().mean(dim=0), features.double().var(dim=0)
-    with th.no_grad():
-        norm.weight.uniform_(0.5, 1.5)
-        norm.bias.normal_()
-    net = nn.Sequential(norm, linear, nn.ReLU(), nn.Linear(64, 1))
-    result = particle_forward(folded(net), features, actions)
-    pairs = th.cat([features.unsqueeze(1).expand(-1, n_particles, -1), actions], dim=2)
-    unfolded = net(pairs)
-    exact = copy.deepcopy(net).double()(pairs.double())
-    assert (result - exact).abs().max() < 2 * (unfolded - exact).abs().max() + 1e-6
-
-
 def test_training_on_observations_far_from_zero():
     class Far(gym.ObservationWrapper):
         def observation(self, observation):
@@ -354,3 +337,126 @@ def test_training_on_observations_far_from_zero():
 
     model = make(env=make_vec_env(env)).learn(60)
     assert np.isfinite(model.q_values(OBS + np.float32(1e6), DEMONSTRATED)).all()
+
+
+def image_env():
+    return FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=False)
+
+
+@pytest.mark.parametrize(
+    ("net_arch", "actor_sizes", "critic_sizes"),
+    [([], [], []), ([4], [4], [4]), ([4, 6], [4, 6], [4, 6]), ({"pi": [8, 4], "qf": [6]}, [8, 4], [6])],
+)
+def test_critics_and_trunk_have_the_hidden_layers_asked_for(net_arch, actor_sizes, critic_sizes):
+    model = small(policy_kwargs={"net_arch": net_arch}, tau=0.5)
+    assert hidden_sizes(model.actor.trunk, n_outputs=0) == actor_sizes
+    for critic in (model.critic, model.critic_target):
+        assert [hidden_sizes(net) for net in critic.q_networks] == [critic_sizes] * 2
+    check_training(model)
+
+
+def test_default_hidden_layers():
+    model = small(policy_kwargs={"net_arch": None})
+    assert hidden_sizes(model.actor.trunk, n_outputs=0) == [256]
+    assert hidden_sizes(model.actor.head) == [64, 64]
+    assert hidden_sizes(model.critic.q_networks[0]) == [256, 256]
+
+
+@pytest.mark.parametrize("n_critics", [1, 3])
+def test_q_is_the_minimum_of_all_critics(n_critics):
+    model = small(policy_kwargs={"n_critics": n_critics})
+    obs, actions = th.zeros(5, 3), th.zeros(5, 1)
+    q_values = model.critic(obs, actions)
+    assert [q.shape for q in q_values] == [(5, 1)] * n_critics
+    th.testing.assert_close(
+        th.as_tensor(model.q_values(obs.numpy(), actions.numpy())), th.cat(q_values, dim=1).min(dim=1).values.detach()
+    )
+    check_training(model)
+
+
+@pytest.mark.parametrize("activation_fn", [nn.Tanh, nn.ELU, nn.ReLU])
+def test_all_networks_have_the_activation_asked_for(activation_fn):
+    model = small(policy_kwargs={"activation_fn": activation_fn}, tau=0.5)
+    for net in (model.actor.trunk, model.actor.head, *model.critic.q_networks, *model.critic_target.q_networks):
+        assert any(isinstance(layer, activation_fn) for layer in net)
+    check_training(model)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "optimizer_kwargs", "fused"),
+    [
+        (th.optim.Adam, None, True),
+        (th.optim.AdamW, {"weight_decay": 0.1}, True),
+        (th.optim.Adam, {"foreach": True}, None),
+        (th.optim.RMSprop, {"alpha": 0.9}, None),
+        (th.optim.SGD, None, None),
+    ],
+)
+def test_actor_and_critics_have_the_optimizer_asked_for(optimizer_class, optimizer_kwargs, fused):
+    model = small(policy_kwargs={"optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs})
+    for optimizer in (model.actor.optimizer, model.critic.optimizer):
+        assert type(optimizer) is optimizer_class
+        assert optimizer.defaults.items() >= (optimizer_kwargs or {}).items()
+        assert optimizer.defaults.get("fused") == fused
+    check_training(model)
+
+
+@pytest.mark.parametrize("share_features_extractor", [True, False])
+def test_a_shared_features_extractor_learns_from_the_actor_alone(share_features_extractor):
+    model = small(
+        SoftQ,
+        "CnnPolicy",
+        image_env(),
+        policy_kwargs={
+            "features_extractor_kwargs": {"features_dim": 8},
+            "share_features_extractor": share_features_extractor,
+        },
+        tau=0.5,
+    )
+    assert is_vecenv_wrapped(model.get_env(), VecTransposeImage)
+    assert (model.actor.features_extractor is model.critic.features_extractor) == share_features_extractor
+    assert model.critic_target.features_extractor is not model.critic.features_extractor
+    optimized = {id(p) for group in model.critic.optimizer.param_groups for p in group["params"]}
+    extractor = {id(p) for p in model.critic.features_extractor.parameters()}
+    # a shared features extractor learns from the actor's loss alone
+    assert optimized.isdisjoint(extractor) if share_features_extractor else optimized > extractor
+    check_training(model, 16)
+    # the images of the environment have their channels last
+    obs, _ = image_env().reset()
+    assert model.predict(obs)[0].shape == model.action_space.shape
+
+
+def test_dict_observations_are_stored_and_learned_from():
+    env = SimpleMultiObsEnv(discrete_actions=False)
+    model = small(
+        SoftQ, "MultiInputPolicy", env, policy_kwargs={"features_extractor_kwargs": {"cnn_output_dim": 8}}, buffer_size=50
+    )
+    assert isinstance(model.replay_buffer, DictReplayBuffer)
+    check_training(model, 16)
+
+
+def test_training_mode_is_for_training_only():
+    """Training mode for training only; the target's running statistics follow the critic's, whatever tau is."""
+
+    class Extractor(nn.Sequential):
+        features_dim = 3
+
+        def __init__(self, observation_space):
+            super().__init__(nn.Flatten(), nn.BatchNorm1d(3), nn.Dropout(0.5))
+
+    model = small(policy_kwargs={"features_extractor_class": Extractor}, tau=0.0)
+    model.learn(30)
+    critic, target = model.critic.features_extractor[1], model.critic_target.features_extractor[1]
+    assert critic.running_mean.abs().max() > 0
+    assert th.equal(critic.running_mean, target.running_mean)
+    assert th.equal(critic.running_var, target.running_var)
+    assert not model.critic_target.training
+    trained, averaged = model.actor.features_extractor[1], model.ema_actor.features_extractor[1]
+    assert trained.running_mean.abs().max() > 0
+    assert th.equal(trained.running_mean, averaged.running_mean)
+    assert not model.ema_actor.training
+    before = model.actor.features_extractor[1].running_mean.clone()
+    obs = np.ones((4, 3), dtype=np.float32)
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+    assert not model.actor.training
+    assert th.equal(model.actor.features_extractor[1].running_mean, before)

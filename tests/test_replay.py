@@ -8,6 +8,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_softq import DiscreteSoftQ, SoftQ
+from tests.conftest import small
 
 GAMMA = 0.5
 
@@ -40,8 +41,9 @@ class Counting(gym.Env):
 def make(algorithm=SoftQ, n_envs=1, goals=False, env=None, **kwargs):
     action_space = spaces.Discrete(2) if algorithm is DiscreteSoftQ else spaces.Box(-1.0, 1.0, (1,))
     env = env or make_vec_env(lambda: Counting(action_space, goals), n_envs)
-    arguments = dict(learning_starts=10_000, buffer_size=300, device="cpu", gamma=GAMMA, seed=0)
-    return algorithm("MultiInputPolicy" if goals else "MlpPolicy", env, **(arguments | kwargs))
+    # nothing is learned
+    arguments = dict(learning_starts=10_000, buffer_size=300, gamma=GAMMA)
+    return small(algorithm, "MultiInputPolicy" if goals else "MlpPolicy", env, **(arguments | kwargs))
 
 
 def assert_no_return_crosses_a_reset(model, n_steps):

@@ -9,10 +9,17 @@ import torch as th
 from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecEnvWrapper,
+    VecNormalize,
+)
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.finite import check_finite
+from tests.conftest import OneStep, tiny
 
 NAN, INF = float("nan"), float("inf")
 BOX = spaces.Box(-np.inf, np.inf, (2,), dtype=np.float32)
@@ -37,8 +44,7 @@ class Returns(gym.Env):
 
 def make(env, algorithm=SoftQ):
     policy = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
-    arguments = dict(learning_starts=4, batch_size=4, buffer_size=50, policy_kwargs=dict(net_arch=[4]), device="cpu")
-    return algorithm(policy, env, **arguments)
+    return tiny(env, algorithm, policy=policy)
 
 
 @pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
@@ -156,3 +162,56 @@ def test_what_is_infinite_never_passes(numbers, bad, data):
         check_finite("value", wrap(numbers), 0)
     with pytest.raises(ValueError, match="value 'key' of environment 7 is not finite"):
         check_finite("value", {"key": wrap(numbers)}, 0, 7)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize(("name", "what", "step"), [("reward", "reward", 2), ("observation", "first observation", 0)])
+def test_data_that_is_no_number_stops_training(name, what, step, value):
+    model = tiny(make_vec_env(lambda: OneStep(**{name: value}), 2), learning_starts=0)
+    with pytest.raises(
+        ValueError, match=rf"{what} of environment 0 is not finite at step {step}: .*{value}.*Training stopped"
+    ):
+        model.learn(20)
+    # and leaves no trace
+    assert model.replay_buffer.size() == 0
+    assert all(th.isfinite(tensor).all() for tensor in model.policy.state_dict().values())
+
+
+@pytest.mark.parametrize(("terminated", "what"), [(True, "last observation"), (False, "observation")])
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_observations_of_steps_are_checked(n_envs, terminated, what):
+    """At the end of an episode SB3 hands on the first observation of the next one, and stores the last one of this."""
+
+    class Breaks(OneStep):
+        def step(self, action):
+            return np.array([NAN], dtype=np.float32), self.reward, terminated, False, {}
+
+    model = tiny(make_vec_env(Breaks, n_envs), learning_starts=0)
+    with pytest.raises(ValueError, match=rf"^{what} of environment 0 is not finite at step {n_envs}: \[nan\]"):
+        model.learn(20)
+    assert model.replay_buffer.size() == 0
+
+
+def test_data_is_checked_before_it_is_normalised():
+    env = VecNormalize(make_vec_env(lambda: OneStep(reward=INF)))
+    with pytest.raises(ValueError, match="reward of environment 0 is not finite"):
+        tiny(env).learn(20)
+
+
+def test_diverged_training_stops():
+    with pytest.raises(ValueError, match="Lower learning rates"):
+        tiny(learning_rate=1e30).learn(20)
+
+
+def test_parameters_are_finite_after_the_last_update():
+    model = tiny()
+
+    class Break(BaseCallback):
+        def _on_step(self):
+            with th.no_grad():
+                model.critic.qf1[1].weight[0, 0] = INF
+            return True
+
+    # too late for a loss to show it
+    with pytest.raises(ValueError, match=r"parameter critic.qf1.1.weight is not finite at step 3: training stopped"):
+        model.learn(3, Break())

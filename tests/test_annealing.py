@@ -1,0 +1,63 @@
+"""Annealing: the actor starts hotter, the critics do not, and it never gets hotter again."""
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_softq import SoftQ
+from tests.conftest import check_training, flat, small
+
+
+def test_temperature_and_annealing_end_where_their_schedules_end():
+    model = small(ent_coef=LinearSchedule(0.5, 0.1, 1.0), annealing=LinearSchedule(10.0, 1.0, 1.0))
+    assert model.ent_coef_tensor.item() == pytest.approx(0.5)
+    assert model._annealing() == pytest.approx(10.0)
+    check_training(model)
+    assert model.ent_coef_tensor.item() == pytest.approx(0.1)
+    assert model._annealing() == pytest.approx(1.0)
+
+
+def test_annealing_reaches_the_actor_only():
+    """One update from the same weights on the same data: the factor changes the actor's step, not the critic's."""
+    results = []
+    for annealing in (1.0, 20.0):
+        model = small(ent_coef=0.1, annealing=annealing, learning_starts=1000).learn(20)
+        th.manual_seed(0)
+        np.random.seed(0)
+        model.train(gradient_steps=1, batch_size=8)
+        results.append((flat(model.actor), flat(model.critic)))
+    assert not th.equal(results[0][0], results[1][0])
+    assert th.equal(results[0][1], results[1][1])
+
+
+def test_annealing_of_a_training_in_many_calls():
+    """Nobody knows its length: a function of the updates alone, that the first call does not use up."""
+    model = small(ent_coef=0.1, learning_starts=0)
+    for n in range(1, 6):
+        model.learn(20, reset_num_timesteps=False)
+        assert model._n_updates == 20 * n
+        assert model._annealing() == pytest.approx(20 - 19 * model._n_updates / 10_000)
+    model._n_updates = 20_000
+    assert model._annealing() == 1.0
+
+
+@pytest.mark.parametrize("reset_num_timesteps", [True, False])
+def test_annealing_never_rises_again(tmp_path, reset_num_timesteps):
+    """The first call says how long training is: what comes after it does not begin anew."""
+    model, factors = small(ent_coef=0.1, learning_starts=0), []
+
+    class Record(BaseCallback):
+        def _on_step(self):
+            factors.append(self.model._annealing())
+            return True
+
+    model.learn(30, Record())
+    assert factors[0] > 19
+    assert factors[-1] == 1.0
+    model.save(tmp_path / "model")
+    model = SoftQ.load(tmp_path / "model", env=model.get_env(), device="cpu")
+    model.learn(30, Record(), reset_num_timesteps=reset_num_timesteps)
+    assert len(factors) == 60
+    assert sorted(factors, reverse=True) == factors

@@ -1,0 +1,86 @@
+"""Particle options: their values, what fits together, and the recipe of 2017."""
+
+import re
+
+import numpy as np
+import pytest
+
+from sb3_softq import SQL_2017, ParticleOptions
+from tests.conftest import refused, tiny
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("proposal", "uniforn", "'uniform'"),
+        ("proposal", None, "one of 'policy', 'uniform'"),
+        ("kernel", "RBF", "one of 'rbf', 'delta'"),
+        ("kernel", "rbff", "did you mean 'rbf'?"),
+        ("kernel", 1, "one of"),
+        ("repulsion", "densities", "did you mean 'density'?"),
+        ("repulsion", True, "one of 'density', 'kernel'"),
+        ("annealing", "Auto", "one of 'auto'"),
+    ],
+)
+def test_names_that_do_not_exist_are_answered_with_those_that_do(name, value, hint):
+    assert hint in refused(name, value)
+
+
+@pytest.mark.parametrize("value", [0.5, 0, -1.0, NAN, INF, True])
+def test_annealing_is_at_least_one(value):
+    assert "a finite number >= 1.0" in refused("annealing", value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.5, NAN, "0.5", True])
+def test_kernel_update_ratio_is_a_share(value):
+    assert "a finite number > 0.0 and <= 1.0" in refused("kernel_update_ratio", value)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"kernel_update_ratio": 1.0}, {"kernel": "delta"}],
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_kernel_update_ratio_splits_particles_of_a_kernel(kwargs):
+    with pytest.raises(ValueError, match=r"kernel_update_ratio=(0\.5|1\.0) is not allowed: it must be < 1, and splits"):
+        tiny(**{"kernel_update_ratio": 0.5, **kwargs})
+
+
+def test_one_particle_cannot_be_split():
+    with pytest.raises(ValueError, match=r"n_actor_particles=1 is not allowed with kernel_update_ratio=0\.5.*integer >= 2"):
+        tiny(kernel_update_ratio=0.5, n_actor_particles=1)
+    tiny(kernel_update_ratio=0.5, n_actor_particles=2)
+
+
+@pytest.mark.parametrize("value", [3, "kernel", ["kernel"], True])
+def test_particle_options_are_a_dict(value):
+    with pytest.raises(ValueError, match=re.escape(f"particle_options={value!r} is not allowed")):
+        tiny(particle_options=value)
+
+
+def test_unknown_particle_options():
+    with pytest.raises(ValueError, match=r"key of particle_options='kernal' is not allowed.*did you mean 'kernel'"):
+        tiny(particle_options={"kernal": "rbf"})
+
+
+def test_options_are_those_of_the_dataclass():
+    options, the_same = ParticleOptions(kernel="delta", n_actor_states=np.int64(3)), {"kernel": "delta", "n_actor_states": 3.0}
+    assert tiny(particle_options=options).particle_options == tiny(particle_options=the_same).particle_options == options
+    with pytest.raises(AttributeError):
+        options.kernel = "rbf"
+
+
+def test_the_recipe_of_2017_trains():
+    """All arguments of the recipe are accepted, and it trains."""
+    model = tiny(**SQL_2017, ent_coef=0.1)
+    assert model.particle_options.repulsion == "kernel"
+    assert model.learn(20)._n_updates > 0
+
+
+def test_no_repulsion_without_a_kernel_or_a_density():
+    with pytest.raises(ValueError, match=r"repulsion='kernel' is not allowed with kernel='delta'.*must be 'density'"):
+        tiny(kernel="delta", repulsion="kernel")
+    with pytest.raises(ValueError, match=r"repulsion='density' is not allowed with smoothing='none'.*must be 'kernel'"):
+        tiny(policy_kwargs={"smoothing": "none"})
