@@ -221,8 +221,7 @@ class SoftQPolicy(BasePolicy):
         Make ``critic_target``, target networks that are a copy of the critics, where they are needed: critics with batch
         normalisation can be their own target. They never share a features extractor.
         """
-        with th.random.fork_rng(devices=[]):
-            target = self.make_critic()
+        target = self.make_critic()
         target.load_state_dict(self.critic.state_dict())
         target.freeze()
         self.critic_target = target
