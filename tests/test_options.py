@@ -1,4 +1,4 @@
-"""Particle options: their values, what fits together, and the recipe of 2017."""
+"""Particle options: their values, what fits together, and SQL (2017)."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""SoftQ with the arguments of the original recipe against a plain port of it, which computes each term by autograd."""
+"""SoftQ with the arguments of SQL (2017) against a plain port of it, which computes each term by autograd."""
 
 from dataclasses import replace
 

@@ -109,7 +109,7 @@ def test_the_policy_has_gradients():
 
 
 def test_training_goes_on_from_what_was_cloned():
-    """The average does not follow the first updates, whose critics know nothing yet."""
+    """The EMA actor does not follow the first updates, whose critics know nothing yet."""
     model = make().learn(5)
     model.learning_starts = 0
     clone(model, model.policy, model.actor.optimizer)

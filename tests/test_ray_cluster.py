@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine: a node that dies, and the learning benchmark's cells as tasks."""
+"""A Ray cluster of two nodes on this machine: a node that dies, and the learning benchmark's runs as tasks."""
 
 import logging
 import os

@@ -44,7 +44,7 @@ def test_zip(name):
 
 
 def test_training_goes_on_as_it_would_have():
-    """The same steps on the same data; the average among them, which is young."""
+    """The same steps on the same data; the EMA actor among them, which is young."""
     model = SoftQ.load(DATA / "softq", device="cpu")
     model.load_replay_buffer(DATA / "softq_buffer.pkl", truncate_last_traj=False)
     set_random_seed(3)

@@ -150,7 +150,7 @@ def train_runs(runs: list[Run], jobs: int | None = None, ray: str | None = None)
     Train the runs that have not finished, and exit with an error if one fails.
 
     :param runs: In the order in which they are started
-    :param jobs: Cells at once, by default as many as there are cores or the cluster has room for
+    :param jobs: Runs at once, by default as many as there are cores or the cluster has room for
     :param ray: Address of a Ray cluster, None for this machine alone
     """
     waiting = []
@@ -179,8 +179,8 @@ def train_runs(runs: list[Run], jobs: int | None = None, ray: str | None = None)
 def train_here(runs: list[Run], jobs: int) -> Iterator[tuple[Run, str]]:
     """
     :param runs: What to train
-    :param jobs: Cells at once
-    :return: Cells as they end, and how
+    :param jobs: Runs at once
+    :return: Runs as they end, and how
     """
     # without "with", which would wait for the threads when interrupted
     pool = ThreadPoolExecutor(jobs)
@@ -196,8 +196,8 @@ def train_on_ray(runs: list[Run], address: str, jobs: int | None) -> Iterator[tu
 
     :param runs: What to train
     :param address: Address of the cluster, ``"auto"`` or ``"local"``, see ``ray.init``
-    :param jobs: Cells at once, by default as many as the cluster has room for
-    :return: Cells as they end, and how
+    :param jobs: Runs at once, by default as many as the cluster has room for
+    :return: Runs as they end, and how
     """
     try:
         import ray
