@@ -292,10 +292,16 @@ class SoftQPolicy(BasePolicy):
         old, new = prefix + "averaged_actor.", prefix + "ema_actor."
         for key in [key for key in state_dict if key.startswith(old)]:
             state_dict[new + key.removeprefix(old)] = state_dict.pop(key)
+        critic, target = prefix + "critic.", prefix + "critic_target."
+        saved = [key for key in state_dict if key.startswith(target)]
         if self.critic_target is None:
             # release 0.1.0 saved target networks that nobody asked
-            for key in [key for key in state_dict if key.startswith(prefix + "critic_target.")]:
+            for key in saved:
                 state_dict.pop(key)
+        elif not saved:
+            # where there were none, they begin as a copy of the critics
+            for key in [key for key in state_dict if key.startswith(critic)]:
+                state_dict[target + key.removeprefix(critic)] = state_dict[key]
         n_averaged = state_dict.pop(prefix + "n_averaged", None)
         if n_averaged is not None:
             self.n_averaged = float(n_averaged)

@@ -1,5 +1,7 @@
 """An update of SoftQ: what critics, actor and temperature learn from a minibatch, and when."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch as th
@@ -267,6 +269,23 @@ def test_training_uses_a_new_tau(tmp_path):
     model.save(tmp_path / "model")
     loaded = SoftQ.load(tmp_path / "model", device="cpu")
     assert th.equal(flat(loaded.critic_target), flat(model.critic_target))
+
+
+@pytest.mark.parametrize("share_features_extractor", [True, False])
+def test_an_agent_without_target_networks_can_get_them(tmp_path, share_features_extractor):
+    """Where it, or its parameters, are loaded with another tau: they begin as a copy of the critics. And the other way round."""
+    kwargs = {"share_features_extractor": share_features_extractor}
+    without, others = small(policy_kwargs=kwargs).learn(20), small(policy_kwargs=kwargs, tau=0.5, seed=1).learn(20)
+    without.save(tmp_path / "model")
+    loaded = SoftQ.load(tmp_path / "model", tau=0.5, device="cpu")
+    others_parameters = copy.deepcopy(others.get_parameters())
+    others.set_parameters(without.get_parameters())
+    for model in (loaded, others):
+        assert th.equal(flat(model.critic_target), flat(without.critic))
+    without.set_parameters(others_parameters)
+    assert without.critic_target is None
+    others.save(tmp_path / "other")
+    assert SoftQ.load(tmp_path / "other", tau=1.0, device="cpu").critic_target is None
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])
