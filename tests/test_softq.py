@@ -273,7 +273,7 @@ def test_training_uses_a_new_tau(tmp_path):
 
 @pytest.mark.parametrize("share_features_extractor", [True, False])
 def test_an_agent_without_target_networks_can_get_them(tmp_path, share_features_extractor):
-    """Where it, or its parameters, are loaded with another tau: they begin as a copy of the critics. And the other way round."""
+    """Loaded with another tau, they begin as a copy of the critics; and the other way round."""
     kwargs = {"share_features_extractor": share_features_extractor}
     without, others = small(policy_kwargs=kwargs).learn(20), small(policy_kwargs=kwargs, tau=0.5, seed=1).learn(20)
     without.save(tmp_path / "model")
