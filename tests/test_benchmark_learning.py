@@ -150,7 +150,7 @@ def test_q_against_returns(training_run, monkeypatch):
     model = SimpleNamespace(gamma=0.5)
 
     def episode(length: int, terminated: bool):
-        return training_run.Episode(np.zeros((length, 3)), np.zeros((length, 1)), np.ones(length), terminated)
+        return training_run.Episode(np.zeros((length, 3)), np.zeros((length, 1)), np.ones(length), terminated, {}, [])
 
     # returns of the three pairs: 1 + 0.5 (2 + 2.5), 1 + 0.5 (2 + 1), 1
     q, bias = training_run.q_against_returns(model, [episode(3, True), episode(7, False)])

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -34,6 +34,7 @@ from variants import VARIANTS
 import sb3_softq
 from sb3_softq import SQL_2017, ParticleOptions, SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, resume
+from sb3_softq.rollouts import Episode, roll_out
 
 CLASSES: dict[str, type[OffPolicyAlgorithm]] = {"softq": SoftQ, "sac": SAC, "td3": TD3, "tqc": TQC, "original": SoftQ}
 
@@ -124,13 +125,6 @@ def make_model(run: Run) -> OffPolicyAlgorithm:
 # ------------------------------------------------------------------ evaluation
 
 
-class Episode(NamedTuple):
-    observations: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    terminated: bool  # or cut off by a time limit
-
-
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
     """Evaluation draws from generators of its own, seeded: training goes on as if it had not taken place."""
@@ -144,29 +138,6 @@ def own_randomness(seed: int) -> Iterator[None]:
         random.setstate(state[0])
         np.random.set_state(state[1])
         th.set_rng_state(state[2])
-
-
-def roll_out(model: OffPolicyAlgorithm, envs: list[gym.Env], deterministic: bool, seed: int) -> list[Episode]:
-    """One episode in each environment, side by side: one call of the policy serves all that still run."""
-    trajectories: list[tuple[list, list, list]] = [([], [], []) for _ in envs]
-    terminated = [False] * len(envs)
-    current = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
-    running = list(range(len(envs)))
-    while running:
-        actions, _ = model.predict(np.stack([current[i] for i in running]), deterministic=deterministic)
-        still_running = []
-        for i, action in zip(running, actions, strict=True):
-            next_observation, reward, terminated[i], truncated, _ = envs[i].step(action)
-            for values, value in zip(trajectories[i], (current[i], action, reward), strict=True):
-                values.append(value)
-            current[i] = next_observation
-            if not (terminated[i] or truncated):
-                still_running.append(i)
-        running = still_running
-    return [
-        Episode(np.array(observations), np.array(actions), np.array(rewards), end)
-        for (observations, actions, rewards), end in zip(trajectories, terminated, strict=True)
-    ]
 
 
 def q_values(model: OffPolicyAlgorithm, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
