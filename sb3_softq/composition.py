@@ -158,6 +158,8 @@ def compose(
     buffer_size = sum(buffer.size() * buffer.n_envs for buffer in buffers)
     settings |= kwargs | dict(policy_kwargs=policy_kwargs, buffer_size=buffer_size)
     model = ComposedSoftQ(ComposedPolicy, None, **settings, _init_setup_model=False)  # type: ignore[arg-type]
+    # it was not load() that left the set-up to us: all is checked as for a new agent
+    model._is_loaded = False
     model.observation_space, model.action_space, model.n_envs = first.observation_space, first.action_space, n_envs
     model._setup_model()
     for copy, agent in zip(model.critic.critics, agents, strict=True):  # type: ignore[arg-type]
