@@ -205,7 +205,7 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
             q_values = th.stack(self.critic(obs, actions))
         with th.no_grad():
             if self._has_target:
-                next_q_values = self.critic_target.q_values(self.critic_target.features(next_obs), next_actions)  # type: ignore[union-attr]
+                next_q_values = self.critic_target.q_values(self.critic_target.features(next_obs), next_actions)
             # (n_critics, batch_size, n_value_particles) -> (batch_size, n_value_particles)
             next_q_values = next_q_values.amin(dim=0)
             next_values = soft_value(next_q_values, log_prob_a, ent_coef).unsqueeze(1)
@@ -227,9 +227,9 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         return not self.policy.batch_norm or self.tau < 1.0 or self.target_update_interval > 1
 
     @property
-    def critic_target(self) -> ParticleCritic | None:  # type: ignore[override]
-        """Target networks, None where the critics are their own target."""
-        return self.policy.critic_target
+    def critic_target(self) -> ParticleCritic:  # type: ignore[override]
+        """Target networks: the critics themselves, where they are their own."""
+        return self.critic if self.policy.critic_target is None else self.policy.critic_target
 
     def _build_target(self) -> None:
         """Target networks where they are used: ``tau`` may change on the way."""

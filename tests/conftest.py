@@ -102,7 +102,7 @@ def refused(name: str, value: Any, **kwargs: Any) -> str:
 
 def check_training(model: Any, n_timesteps: int = 24) -> dict[str, Any]:
     """Train: actor, critic and target move, and everything that is learned or logged is finite."""
-    modules = [m for m in (model.actor, model.ema_actor, model.critic, model.critic_target) if m is not None]
+    modules = [model.actor, model.ema_actor, model.critic, model.critic_target]
     before = [flat(module) for module in modules]
     model.learn(n_timesteps)
     assert model._n_updates > 0

@@ -260,7 +260,7 @@ def test_actor_and_temperature_learn_once_per_policy_delay():
 def test_training_uses_a_new_tau(tmp_path):
     """Callbacks may change it on the way: target networks are there from then on, and come with the agent that is saved."""
     model = small(learning_rate=1e-2).learn(20)
-    assert model.critic_target is None
+    assert model.critic_target is model.critic
     assert not [name for name in model.policy.state_dict() if "target" in name]
     before = flat(model.critic)
     model.tau = 0.25
@@ -283,9 +283,10 @@ def test_an_agent_without_target_networks_can_get_them(tmp_path, share_features_
     for model in (loaded, others):
         assert th.equal(flat(model.critic_target), flat(without.critic))
     without.set_parameters(others_parameters)
-    assert without.critic_target is None
+    assert without.critic_target is without.critic
     others.save(tmp_path / "other")
-    assert SoftQ.load(tmp_path / "other", tau=1.0, device="cpu").critic_target is None
+    loaded = SoftQ.load(tmp_path / "other", tau=1.0, device="cpu")
+    assert loaded.critic_target is loaded.critic
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])
