@@ -82,7 +82,7 @@ class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
 
     @abstractmethod
     def _create_aliases(self) -> None:
-        """Set ``critic`` and ``critic_target``."""
+        """Set ``actor``, ``critic`` and the like to the networks of the policy, and build what else is needed."""
 
     @abstractmethod
     def update_critic(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> dict[str, th.Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -155,6 +156,8 @@ def compose(
         learning_starts=0, ent_coef=float(first.ent_coef_tensor), gamma=first.gamma, device=first.device, seed=first.seed
     )
     settings |= {name: getattr(first, name) for name in _SHARED_SETTINGS}
+    # the sampler is trained anew: it anneals by itself, however the agents were
+    settings["particle_options"] = replace(first.particle_options, annealing="auto", proposal="policy")
     buffer_size = sum(buffer.size() * buffer.n_envs for buffer in buffers)
     settings |= kwargs | dict(policy_kwargs=policy_kwargs, buffer_size=buffer_size)
     model = ComposedSoftQ(ComposedPolicy, None, **settings, _init_setup_model=False)  # type: ignore[arg-type]
@@ -191,7 +194,6 @@ _ACTOR_ARGUMENTS = (
 _SHARED_SETTINGS = (
     "actor_tau",
     "n_actor_particles",
-    "particle_options",
     "batch_size",
     "learning_rate",
     "actor_learning_rate",

@@ -8,7 +8,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_softq import SoftQ
+from sb3_softq import ParticleOptions, SoftQ
 from sb3_softq.composition import ComposedSoftQ, compose
 from sb3_softq.envs import MultiGoalEnv
 from sb3_softq.envs.multi_goal import roll_out
@@ -146,3 +146,12 @@ def test_one_agent_is_not_enough():
 
 def test_another_temperature_can_be_given():
     assert compose([agent(), agent(ent_coef=0.4)], gradient_steps=1, ent_coef=0.2).ent_coef == 0.2
+
+
+def test_particle_options_of_the_first_agent():
+    """But for those of its own training: how it was annealed, and where its soft value looked."""
+    options = dict(kernel="delta", n_actor_states=5, annealing=1.0, proposal="uniform")
+    both = compose([agent(particle_options=options), agent(seed=1)], gradient_steps=5)
+    assert both.particle_options == ParticleOptions(kernel="delta", n_actor_states=5)
+    given = compose([agent(), agent(seed=1)], gradient_steps=5, particle_options=options)
+    assert given.particle_options == ParticleOptions(**options)
