@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from sb3_softq.networks import Freezable, particle_forward
+from sb3_softq.networks import Freezable, activate, affine_layers, particle_forward
 from sb3_softq.soft_value import LOCAL_STD_MIN, local_log_std, mixture_log_prob, mixture_mode, tanh_log_det
 
 Smoothing = Literal["learned", "local", "none"]
@@ -146,10 +146,11 @@ class SamplingActor(Freezable, BasePolicy):
         :param n_constant: The first ``n_constant`` particles come without gradient, which saves their backward pass
         :return: Component means and log standard deviations, shapes (batch_size, n_particles, action_dim)
         """
-        output = particle_forward(self.head, features, xi[:, n_constant:])
+        layers = affine_layers(self.head)
+        output = particle_forward(layers, self._activate_head, features, xi[:, n_constant:])
         if n_constant > 0:
             with th.no_grad():
-                constant = particle_forward(self.head, features, xi[:, :n_constant])
+                constant = particle_forward(layers, self._activate_head, features, xi[:, :n_constant])
             output = th.cat([constant, output], dim=1)
         if self.smoothing != "learned":
             mean = xi + output
@@ -158,6 +159,9 @@ class SamplingActor(Freezable, BasePolicy):
         # softplus: smooth at the lower bound, so that a narrow component can widen again
         log_std = LOG_STD_MIN + F.softplus(log_std + (self.log_std_init - LOG_STD_MIN))
         return xi + shift, log_std.clamp(max=LOG_STD_MAX)
+
+    def _activate_head(self, depth: int, hidden: th.Tensor) -> th.Tensor:
+        return activate(self.head[2 * depth + 1], hidden)  # type: ignore[arg-type]
 
     def with_further_particles(
         self, features: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_particles: int

@@ -44,14 +44,15 @@ class SumOfCritics(Freezable):
         """
         return [critic.features(obs) for critic in self.critics]  # type: ignore[operator]
 
-    def q_values(self, features: list[th.Tensor], actions: th.Tensor) -> th.Tensor:
+    def q_values(self, features: list[th.Tensor], actions: th.Tensor, weights_are_fixed: bool = True) -> th.Tensor:
         """
         :param features: From :meth:`features`
         :param actions: Actions in the normalised box, shape (batch_size, n_particles, action_dim)
+        :param weights_are_fixed: As that of :class:`ParticleCritic`; here they always are
         :return: Shape (1, batch_size, n_particles)
         """
         terms = [
-            weight * critic.q_values(x, actions).amin(dim=0)  # type: ignore[operator]
+            weight * critic.q_values(x, actions, weights_are_fixed=True).amin(dim=0)  # type: ignore[operator]
             for weight, critic, x in zip(self.weights, self.critics, features, strict=True)
         ]
         return th.stack(terms).sum(dim=0, keepdim=True)

@@ -1,12 +1,13 @@
 """What actor and critic share: networks that can be frozen, Polyak averaging, many particles per state at little cost."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch as th
 from torch import nn
-from torch.nn import functional as F
 from typing_extensions import Self
+
+from sb3_softq.products import linear
 
 
 @th.no_grad()
@@ -41,55 +42,71 @@ class Freezable(nn.Module):
 
 
 class Affine(NamedTuple):
-    """A linear layer as tensors, x -> (x - mean) W^T + b; a mean in the first layer alone."""
+    """
+    A linear layer as tensors, x -> (x - mean) W^T + b; a mean in the first layer alone. Of one network, or of several with a
+    first axis for them.
+    """
 
     weight: th.Tensor
     bias: th.Tensor
     mean: th.Tensor | None = None
 
 
-def particle_forward(layers: Iterable[nn.Module | Affine], features: th.Tensor, particles: th.Tensor) -> th.Tensor:
+def particle_forward(
+    layers: Sequence[Affine],
+    activation: Callable[[int, th.Tensor], th.Tensor],
+    features: th.Tensor,
+    particles: th.Tensor,
+) -> th.Tensor:
     """
-    Apply an MLP on [features, particle] to several particles per state. The first layer splits into a part that is computed
-    once per state and a part computed per particle.
+    Apply an MLP on [features, particle], or several of them, to several particles per state. The first layer splits into a part
+    that is computed once per state and a part computed per particle.
 
-    :param layers: Linear layers and activations
+    :param layers: Linear layers
+    :param activation: Of a hidden layer, by its number
     :param features: Shape (batch_size, features_dim)
     :param particles: Noise or actions, shape (batch_size, n_particles, particle_dim)
-    :return: Shape (batch_size, n_particles, output_dim)
+    :return: Shape (batch_size, n_particles, output_dim), or (n_networks, batch_size, n_particles, output_dim)
     """
-    hidden: th.Tensor | None = None
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            layer = Affine(layer.weight, layer.bias)
-        if not isinstance(layer, Affine):
-            assert hidden is not None
-            hidden = activate(layer, hidden)
-        elif hidden is not None:
-            # two axes: the output of a linear layer on three is a view, for which autograd makes copies
-            hidden = F.linear(hidden.view(-1, hidden.shape[-1]), layer.weight, layer.bias)
-        else:
-            hidden = _first_layer(layer, features, particles)
-    assert hidden is not None
+    # two axes, or three with that of the networks: the output of a linear layer on more is a view, for which autograd makes
+    # copies
+    hidden = _first_layer(layers[0], features, particles)
+    for depth, layer in enumerate(layers[1:]):
+        hidden = linear(activation(depth, hidden), layer.weight, layer.bias)
     # what follows wants more digits than bfloat16 has
-    return hidden.float().view(*particles.shape[:2], -1)
+    return hidden.float().unflatten(-2, particles.shape[:2])
 
 
 def _first_layer(layer: Affine, features: th.Tensor, particles: th.Tensor) -> th.Tensor:
+    """Shape (batch_size * n_particles, output_dim), or with the networks' axis before."""
     sizes = [features.shape[1], particles.shape[2]]
+    batch_size, n_particles = particles.shape[:2]
+    flat = particles.flatten(0, 1)
+    networks = layer.weight.shape[:-2]
+    features, flat = (x.expand(*networks, -1, -1) for x in (features, flat))
     if layer.mean is not None:
-        feature_mean, particle_mean = layer.mean.split(sizes)
-        features, particles = features - feature_mean, particles - particle_mean
-    if particles.shape[1] == 1:
-        return F.linear(th.cat([features, particles.squeeze(1)], dim=1), layer.weight, layer.bias)
-    weight_state, weight_particle = layer.weight.split(sizes, dim=1)
-    state_part = F.linear(features, weight_state, layer.bias)
-    return F.linear(particles, weight_particle).add_(state_part.unsqueeze(1))
+        feature_mean, particle_mean = layer.mean.unsqueeze(-2).split(sizes, dim=-1)
+        features, flat = features - feature_mean, flat - particle_mean
+    if n_particles == 1:
+        return linear(th.cat([features, flat], dim=-1), layer.weight, layer.bias)
+    weight_state, weight_particle = layer.weight.split(sizes, dim=-1)
+    state_part = linear(features, weight_state, layer.bias)
+    particle_part = linear(flat, weight_particle)
+    hidden = particle_part.unflatten(-2, (batch_size, n_particles)) + state_part.unsqueeze(-2)
+    return hidden.flatten(-3, -2)
+
+
+def affine_layers(net: nn.Sequential) -> list[Affine]:
+    """
+    :param net: Linear layers and activations
+    :return: The linear layers
+    """
+    return [Affine(layer.weight, layer.bias) for layer in net if isinstance(layer, nn.Linear)]
 
 
 def activate(layer: nn.Module, hidden: th.Tensor) -> th.Tensor:
     """
-    :param layer: Activation function, or another layer that is no linear one
+    :param layer: Activation function
     :param hidden: Its input, which may be overwritten
     :return: Its output
     """

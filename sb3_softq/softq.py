@@ -387,6 +387,9 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         params = self._read_parameters(load_path_or_dict, device)
+        if "critic.qf0.0.weight" in params.get("policy", ()) and "critic.optimizer" in params:
+            # release 0.1.0 had a network for each critic
+            params = params | {"critic.optimizer": self.critic.stacked_optimizer_state(params["critic.optimizer"])}
         super().set_parameters(params, exact_match, device)
         if self._n_updates > 0 and "n_averaged" not in params.get("policy", ["n_averaged"]):
             # release 0.1.0 counted the agent's updates
