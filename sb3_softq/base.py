@@ -136,19 +136,19 @@ class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
 
         self._log_stats(stats)
 
+    @th.no_grad()
     def _update_ent_coef(self, entropy: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the temperature: up while the policy's entropy is below its target, down while it is above."""
         assert self.log_ent_coef is not None
         assert self.ent_coef_optimizer is not None
         assert isinstance(self.target_entropy, float)
-        ent_coef_loss = (self.log_ent_coef * (entropy - self.target_entropy)).mean()
-        self.ent_coef_optimizer.zero_grad()
-        ent_coef_loss.backward()
+        # of the loss below: autograd takes longer than the step does
+        self.log_ent_coef.grad = (entropy - self.target_entropy).reshape(1)
+        ent_coef_loss = (self.log_ent_coef * self.log_ent_coef.grad).mean()
         self.ent_coef_optimizer.step()
-        with th.no_grad():
-            # where no policy reaches the target, the temperature would fall or rise for ever
-            self.log_ent_coef.clamp_(math.log(MIN_ENT_COEF), math.log(MAX_ENT_COEF))
-        return {"ent_coef_loss": ent_coef_loss.detach()}
+        # where no policy reaches the target, the temperature would fall or rise for ever
+        self.log_ent_coef.clamp_(math.log(MIN_ENT_COEF), math.log(MAX_ENT_COEF))
+        return {"ent_coef_loss": ent_coef_loss}
 
     @th.no_grad()
     def _update_target(self) -> None:

@@ -71,9 +71,9 @@ class _NormalisedLinear(th.autograd.Function):
         own_mean, own_var, mean, var = statistics
         inv_std = th.rsqrt(var + BATCH_NORM_EPS)
         scale = gamma * inv_std
-        shift = beta - mean * scale
+        shift = th.addcmul(beta, mean, scale, value=-1)
         folded = (weight * scale.unsqueeze(1)).to(dtype)
-        folded_bias = (bias + (weight @ shift.unsqueeze(2)).squeeze(2)).to(dtype)
+        folded_bias = th.baddbmm(bias.unsqueeze(2), weight, shift.unsqueeze(2)).squeeze(2).to(dtype)
         pairs, next_pairs = pairs.to(dtype), next_pairs.to(dtype)
         ctx.save_for_backward(pairs, weight, folded, scale, shift, inv_std, own_mean, own_var, mean)
         next_output = product(next_pairs, folded.mT, folded_bias)
@@ -90,7 +90,7 @@ class _NormalisedLinear(th.autograd.Function):
         grad_x = product(grad.mT, pairs).to(weight.dtype)
         z_sum = (grad_sum.unsqueeze(1) @ weight).squeeze(1)
         z_x = (grad_x * weight).sum(dim=1)
-        grad_weight = grad_x * scale.unsqueeze(1) + grad_sum.unsqueeze(2) * shift.unsqueeze(1)
+        grad_weight = (grad_x * scale.unsqueeze(1)).addcmul_(grad_sum.unsqueeze(2), shift.unsqueeze(1))
         grad_pairs = None
         if ctx.needs_input_grad[0]:
             # through the statistics of the transitions, which r and d of batch renormalisation turn into the joint ones
@@ -267,8 +267,10 @@ class ParticleCritic(Freezable, BaseModel):
             norms = [[JointBatchNorm(linear.in_features) for linear in layers] for layers in linears]
         activations = [layers for layers in modules if layers not in linears and layers not in norms]
         self.layers = nn.ModuleList(CriticLayer(*layer) for layer in zip(linears, norms or [()] * len(linears), strict=True))
-        # After each hidden layer, one for each critic, of which the first serves all where there is nothing to learn
-        self.activations = nn.ModuleList(nn.ModuleList(layers) for layers in activations)
+        # After each hidden layer, one for all critics, or one for each where there is something to learn
+        self.activations = nn.ModuleList(
+            nn.ModuleList(layers if list(layers[0].parameters()) else layers[:1]) for layers in activations
+        )
 
     @property
     def batch_norm(self) -> bool:
@@ -292,7 +294,8 @@ class ParticleCritic(Freezable, BaseModel):
             # no memory and no random numbers for weights that come from elsewhere
             modules.append(view_of(layer, i, nn.Linear(n_inputs, n_outputs, device="meta")))
             if depth < len(self.activations):
-                modules.append(self.activations[depth][i])
+                activations = self.activations[depth]
+                modules.append(activations[i % len(activations)])
         return modules
 
     def _activate(self, depth: int, hidden: th.Tensor) -> th.Tensor:
@@ -301,7 +304,7 @@ class ParticleCritic(Freezable, BaseModel):
         :param hidden: Shape (n_critics, ...)
         """
         modules = self.activations[depth]
-        if next(modules.parameters(), None) is None:
+        if len(modules) == 1:
             return activate(modules[0], hidden)
         return th.stack([module(x) for module, x in zip(modules, hidden, strict=True)])
 

@@ -8,8 +8,8 @@ from torch.autograd.function import once_differentiable
 # Where the processor has AVX-512, oneDNN multiplies up to twice as fast as MKL, torch's choice for float32, which does without
 # it on processors of other makers than its own
 _ONEDNN_IS_FASTER = th.backends.mkldnn.is_available() and th.backends.cpu.get_cpu_capability() == "AVX512"
-# Below so many entries of the right factor, the call costs more than it saves
-_ONEDNN_MIN_SIZE = 4096
+# Below so many multiplications the call costs more than it saves
+_ONEDNN_MIN_SIZE = 2_000_000
 
 
 def product(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
@@ -21,7 +21,7 @@ def product(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None = None) ->
     :param bias: Shape (n_columns,) or (n_networks, n_columns)
     :return: Shape (n_rows, n_columns) or (n_networks, n_rows, n_columns)
     """
-    is_large = right.shape[-2] * right.shape[-1] >= _ONEDNN_MIN_SIZE
+    is_large = left.shape[-2] * left.shape[-1] * right.shape[-1] >= _ONEDNN_MIN_SIZE
     if _ONEDNN_IS_FASTER and is_large and left.dtype == th.float32 and left.device.type == "cpu":
         call = th.ops.sb3_softq.onednn_product if th.compiler.is_compiling() else _onednn_product
         return call(left, right, bias)
@@ -98,4 +98,7 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th
     :param bias: Shape (n_outputs,) or (n_networks, n_outputs)
     :return: Shape (n_rows, n_outputs) or (n_networks, n_rows, n_outputs), in autocast's type where it is enabled
     """
-    return _Linear.apply(x, weight, bias, product_dtype(x))
+    dtype = product_dtype(x)
+    if th.is_grad_enabled():
+        return _Linear.apply(x, weight, bias, dtype)
+    return product(x.to(dtype), weight.mT.to(dtype), None if bias is None else bias.to(dtype))
