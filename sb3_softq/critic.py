@@ -73,7 +73,7 @@ class _NormalisedLinear(th.autograd.Function):
         scale = gamma * inv_std
         shift = th.addcmul(beta, mean, scale, value=-1)
         folded = (weight * scale.unsqueeze(1)).to(dtype)
-        folded_bias = th.baddbmm(bias.unsqueeze(2), weight, shift.unsqueeze(2)).squeeze(2).to(dtype)
+        folded_bias = (bias + (shift.unsqueeze(1) @ weight.mT).squeeze(1)).to(dtype)
         pairs, next_pairs = pairs.to(dtype), next_pairs.to(dtype)
         ctx.save_for_backward(pairs, weight, folded, scale, shift, inv_std, own_mean, own_var, mean)
         next_output = product(next_pairs, folded.mT, folded_bias)
@@ -142,7 +142,7 @@ class JointBatchNorm(nn.Module):
         scale = self._scale()
         shift = self.bias if subtract_first else self.bias - self.running_mean * scale
         mean = self.running_mean if subtract_first else None
-        return Affine(weight * scale.unsqueeze(-2), bias + (weight @ shift.unsqueeze(-1)).squeeze(-1), mean)
+        return Affine(weight * scale.unsqueeze(-2), bias + (shift.unsqueeze(-2) @ weight.mT).squeeze(-2), mean)
 
     def _scale(self) -> th.Tensor:
         return self.weight * th.rsqrt(self.running_var + BATCH_NORM_EPS)

@@ -1,6 +1,6 @@
 """One step of an optimizer down a loss, compiled or not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -31,9 +31,7 @@ def minimize(
     # One context of autocast per step: within one, it caches the weights' casts
     with th.autocast(device.type, dtype=th.bfloat16, enabled=bfloat16):
         if compile:
-            # A graph for each setting of an agent in this process: past the limit, 8 by default, functions run uncompiled
-            with th._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
-                stats = _compiled(loss)(*args)
+            stats = _compiled(loss)(*args)
         else:
             stats = _backward(loss, *args)
     optimizer.step()
@@ -46,9 +44,34 @@ def _backward(loss: Callable[..., LossAndStats], *args: Any) -> dict[str, th.Ten
     return stats
 
 
+# What a graph is not checked for at every call, half of all that torch would check: that nobody has replaced functions and
+# classes or hooked into modules since
+_CONSTANT_GUARDS = {
+    "BUILTIN_MATCH",
+    "CLASS_MATCH",
+    "CLOSURE_MATCH",
+    "EMPTY_NN_MODULE_HOOKS_DICT",
+    "MODULE_MATCH",
+    "NOT_PRESENT_IN_GENERIC_DICT",
+}
+
+
+def _guards_that_matter(guards: Sequence[Any]) -> list[bool]:
+    return [guard.guard_type not in _CONSTANT_GUARDS for guard in guards]
+
+
 # The function, not an agent's method, is what is compiled: nothing to save or copy with the agent, and agents of one shape
 # share it
 @cache
 def _compiled(loss: Callable[..., LossAndStats]) -> Callable[..., dict[str, th.Tensor]]:
     # the random numbers of the uncompiled function, not of Inductor
-    return th.compile(lambda *args: _backward(loss, *args), options={"fallback_random": True})
+    options = {"fallback_random": True, "guard_filter_fn": _guards_that_matter}
+    compiled = th.compile(lambda *args: _backward(loss, *args), options=options)
+    # A graph for each setting of an agent in this process: past the limit, 8 by default, functions run uncompiled
+    setting = th._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64)
+
+    def call(*args: Any) -> dict[str, th.Tensor]:
+        with setting:
+            return compiled(*args)
+
+    return call
