@@ -142,7 +142,7 @@ class SamplingActor(Freezable, BasePolicy):
         Components of the policy's density: one Gaussian over the pre-tanh action per noise vector.
 
         :param features: Of the states, see :meth:`features`
-        :param xi: Noise, shape (batch_size, n_particles, action_dim)
+        :param xi: Noise, shape (batch_size, n_particles, action_dim), or (1, ...) of the same for all states
         :param n_constant: The first ``n_constant`` particles come without gradient, which saves their backward pass
         :return: Component means and log standard deviations, shapes (batch_size, n_particles, action_dim)
         """
@@ -155,7 +155,7 @@ class SamplingActor(Freezable, BasePolicy):
         if self.smoothing != "learned":
             mean = xi + output
             return mean, local_log_std(mean.detach())
-        shift, log_std = output.chunk(2, dim=2)
+        shift, log_std = output[..., : self.action_dim], output[..., self.action_dim :]
         # softplus: smooth at the lower bound, so that a narrow component can widen again
         log_std = LOG_STD_MIN + F.softplus(log_std + (self.log_std_init - LOG_STD_MIN))
         return xi + shift, log_std.clamp(max=LOG_STD_MAX)
@@ -241,7 +241,7 @@ class SamplingActor(Freezable, BasePolicy):
         :return: Pre-tanh actions, shape (batch_size, action_dim)
         """
         features = self.features(obs)
-        mean, log_std = self.particles(features, self.xi_bank.expand(features.shape[0], -1, -1))
+        mean, log_std = self.particles(features, self.xi_bank.unsqueeze(0))
         return mixture_mode(mean[:, 0], mean, log_std)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from sb3_softq.networks import Affine, Freezable, activate, particle_forward
-from sb3_softq.products import product, product_dtype
+from sb3_softq.products import linear, product, product_dtype
 from sb3_softq.stacking import stacked_optimizer_state, stacked_state, view_of
 
 # As CrossQ has it
@@ -76,9 +76,9 @@ class _NormalisedLinear(th.autograd.Function):
         folded_bias = (bias + (shift.unsqueeze(1) @ weight.mT).squeeze(1)).to(dtype)
         pairs, next_pairs = pairs.to(dtype), next_pairs.to(dtype)
         ctx.save_for_backward(pairs, weight, folded, scale, shift, inv_std, own_mean, own_var, mean)
-        next_output = product(next_pairs, folded.mT, folded_bias)
+        next_output = linear(next_pairs, folded, folded_bias)
         ctx.mark_non_differentiable(next_output)
-        return product(pairs, folded.mT, folded_bias), next_output
+        return linear(pairs, folded, folded_bias), next_output
 
     @staticmethod
     @once_differentiable

@@ -65,7 +65,7 @@ def particle_forward(
     :param layers: Linear layers
     :param activation: Of a hidden layer, by its number
     :param features: Shape (batch_size, features_dim)
-    :param particles: Noise or actions, shape (batch_size, n_particles, particle_dim)
+    :param particles: Noise or actions, shape (batch_size, n_particles, particle_dim), or (1, ...) of the same for all states
     :return: Shape (batch_size, n_particles, output_dim), or (n_networks, batch_size, n_particles, output_dim)
     """
     # two axes, or three with that of the networks: the output of a linear layer on more is a view, for which autograd makes
@@ -74,26 +74,24 @@ def particle_forward(
     for depth, layer in enumerate(layers[1:]):
         hidden = linear(activation(depth, hidden), layer.weight, layer.bias)
     # what follows wants more digits than bfloat16 has
-    return hidden.float().unflatten(-2, particles.shape[:2])
+    return hidden.float().unflatten(-2, (len(features), particles.shape[1]))
 
 
 def _first_layer(layer: Affine, features: th.Tensor, particles: th.Tensor) -> th.Tensor:
     """Shape (batch_size * n_particles, output_dim), or with the networks' axis before."""
-    sizes = [features.shape[1], particles.shape[2]]
-    batch_size, n_particles = particles.shape[:2]
+    features_dim = features.shape[1]
     flat = particles.flatten(0, 1)
-    networks = layer.weight.shape[:-2]
-    features, flat = (x.expand(*networks, -1, -1) for x in (features, flat))
+    if layer.weight.ndim == 3:
+        features, flat = (x.expand(len(layer.weight), -1, -1) for x in (features, flat))
     if layer.mean is not None:
-        feature_mean, particle_mean = layer.mean.unsqueeze(-2).split(sizes, dim=-1)
-        features, flat = features - feature_mean, flat - particle_mean
-    if n_particles == 1:
+        mean = layer.mean.unsqueeze(-2)
+        features, flat = features - mean[..., :features_dim], flat - mean[..., features_dim:]
+    if particles.shape[1] == 1 and features.shape[-2] == flat.shape[-2]:
         return linear(th.cat([features, flat], dim=-1), layer.weight, layer.bias)
-    weight_state, weight_particle = layer.weight.split(sizes, dim=-1)
-    state_part = linear(features, weight_state, layer.bias)
-    particle_part = linear(flat, weight_particle)
-    hidden = particle_part.unflatten(-2, (batch_size, n_particles)) + state_part.unsqueeze(-2)
-    return hidden.flatten(-3, -2)
+    # (..., batch_size, 1, n_outputs) + (..., batch_size or 1, n_particles, n_outputs)
+    state_part = linear(features, layer.weight[..., :features_dim], layer.bias).unsqueeze(-2)
+    particle_part = linear(flat, layer.weight[..., features_dim:]).unflatten(-2, particles.shape[:2])
+    return (state_part + particle_part).flatten(-3, -2)
 
 
 def affine_layers(net: nn.Sequential) -> list[Affine]:

@@ -214,7 +214,8 @@ class SoftQPolicy(BasePolicy):
         :param mode: if true, set to training mode, else set to evaluation mode
         """
         self.sync_ema_actor()
-        self.training = mode
+        if self.training is not mode:
+            self.training = mode
         for network in (self.actor, self.critic):
             # a walk through all modules takes longer than an action does
             if network.training is not mode:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch as th
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 # Where the processor has AVX-512, oneDNN multiplies up to twice as fast as MKL, torch's choice for float32, which does without
 # it on processors of other makers than its own
@@ -12,25 +13,72 @@ _ONEDNN_IS_FASTER = th.backends.mkldnn.is_available() and th.backends.cpu.get_cp
 _ONEDNN_MIN_SIZE = 2_000_000
 
 
-def product(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
+def product(left: th.Tensor, right: th.Tensor) -> th.Tensor:
     """
-    left @ right + bias, without gradient, by the fastest library that there is.
+    left @ right, without gradient, by the fastest library that there is.
 
     :param left: Shape (n_rows, n), or (n_networks, n_rows, n) of several networks
     :param right: Shape (n, n_columns) or (n_networks, n, n_columns), of the same type
-    :param bias: Shape (n_columns,) or (n_networks, n_columns)
     :return: Shape (n_rows, n_columns) or (n_networks, n_rows, n_columns)
     """
-    is_large = left.shape[-2] * left.shape[-1] * right.shape[-1] >= _ONEDNN_MIN_SIZE
-    if _ONEDNN_IS_FASTER and is_large and left.dtype == th.float32 and left.device.type == "cpu":
-        call = th.ops.sb3_softq.onednn_product if th.compiler.is_compiling() else _onednn_product
-        return call(left, right, bias)
-    if bias is None:
-        return left @ right
-    return th.addmm(bias, left, right) if left.ndim == 2 else th.baddbmm(bias.unsqueeze(1), left, right)
+    return _onednn_product(left, right, None) if _is_for_onednn(left, right, left.dtype) else left @ right
+
+
+def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
+    """
+    x W^T + b, of one network or of several, by the fastest library that there is.
+
+    :param x: Shape (n_rows, n_inputs) or (n_networks, n_rows, n_inputs)
+    :param weight: Shape (n_outputs, n_inputs) or (n_networks, n_outputs, n_inputs)
+    :param bias: Shape (n_outputs,) or (n_networks, n_outputs)
+    :return: Shape (n_rows, n_outputs) or (n_networks, n_rows, n_outputs), in autocast's type where it is enabled
+    """
+    if _is_for_onednn(x, weight, product_dtype(x)):
+        return _OneDNNLinear.apply(x, weight, bias) if th.is_grad_enabled() else _onednn_product(x, weight.mT, bias)
+    if x.ndim == 2:
+        return F.linear(x, weight, bias)
+    return x @ weight.mT if bias is None else th.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+
+def product_dtype(x: th.Tensor) -> th.dtype:
+    """
+    :param x: A factor
+    :return: Type of the factors of a matrix product, autocast's where it is enabled
+    """
+    device = x.device.type
+    return th.get_autocast_dtype(device) if th.is_autocast_enabled(device) else x.dtype
+
+
+def _is_for_onednn(left: th.Tensor, right: th.Tensor, dtype: th.dtype) -> bool:
+    """By the number of rows of the left factor and of entries of the right one, or of its transpose."""
+    is_large = left.shape[-2] * right.shape[-2] * right.shape[-1] >= _ONEDNN_MIN_SIZE
+    return is_large and _ONEDNN_IS_FASTER and dtype == th.float32 and left.device.type == "cpu"
+
+
+class _OneDNNLinear(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn_product(x, weight.mT, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            product(grad, weight) if needs_x else None,
+            product(grad.mT, x) if needs_weight else None,
+            grad.sum(dim=-2) if needs_bias else None,
+        )
 
 
 def _onednn_product(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+    call = th.ops.sb3_softq.onednn_product if th.compiler.is_compiling() else _multiply
+    return call(left, right, bias)
+
+
+def _multiply(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
     """By the operator that torch has for its compiler, without a gradient and for two axes alone."""
     multiply = th.ops.mkldnn._linear_pointwise
     # oneDNN takes hundreds of times as long over a part of a matrix
@@ -52,53 +100,9 @@ def _dense(factor: th.Tensor) -> th.Tensor:
 # For the compiler it is an operator that it knows nothing of: that of torch it takes for constant weights alone
 _LIBRARY = th.library.Library("sb3_softq", "DEF")
 _LIBRARY.define("onednn_product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
-_LIBRARY.impl("onednn_product", _onednn_product, "CPU")
+_LIBRARY.impl("onednn_product", _multiply, "CPU")
 
 
 @th.library.register_fake("sb3_softq::onednn_product", lib=_LIBRARY)
 def _(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
     return left.new_empty(*left.shape[:-1], right.shape[-1])
-
-
-def product_dtype(x: th.Tensor) -> th.dtype:
-    """
-    :param x: A factor
-    :return: Type of the factors of a matrix product, autocast's where it is enabled
-    """
-    device = x.device.type
-    return th.get_autocast_dtype(device) if th.is_autocast_enabled(device) else x.dtype
-
-
-class _Linear(th.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None, dtype: th.dtype) -> th.Tensor:
-        x, weight = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(x, weight)
-        return product(x, weight.mT, None if bias is None else bias.to(dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        return (
-            product(grad, weight) if needs_x else None,
-            product(grad.mT, x) if needs_weight else None,
-            grad.sum(dim=-2) if needs_bias else None,
-            None,
-        )
-
-
-def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
-    """
-    x W^T + b, of one network or of several.
-
-    :param x: Shape (n_rows, n_inputs) or (n_networks, n_rows, n_inputs)
-    :param weight: Shape (n_outputs, n_inputs) or (n_networks, n_outputs, n_inputs)
-    :param bias: Shape (n_outputs,) or (n_networks, n_outputs)
-    :return: Shape (n_rows, n_outputs) or (n_networks, n_rows, n_outputs), in autocast's type where it is enabled
-    """
-    dtype = product_dtype(x)
-    if th.is_grad_enabled():
-        return _Linear.apply(x, weight, bias, dtype)
-    return product(x.to(dtype), weight.mT.to(dtype), None if bias is None else bias.to(dtype))

@@ -102,10 +102,11 @@ def mixture_mode(start: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_steps:
     :param n_steps: Number of steps
     :return: Shape (batch_size, action_dim)
     """
-    precision, log_norm = th.exp(-2.0 * log_std), log_std.sum(dim=2)
+    log_precision = -2.0 * log_std
+    precision = th.exp(log_precision)
     u = start.unsqueeze(1)
     for _ in range(n_steps):
-        log_components = -0.5 * ((u - mean).square_().mul_(precision)).sum(dim=2) - log_norm
+        log_components = 0.5 * (log_precision - (u - mean).square_().mul_(precision)).sum(dim=2)
         weights = th.softmax(log_components, dim=1).unsqueeze(2) * precision
         u = (weights * mean).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
     return u.squeeze(1)
