@@ -51,7 +51,7 @@ def export(policy: BasePolicy, path: Path) -> None:
     :param policy: Policy of an agent
     :param path: File to write: input ``obs``, shape (batch_size, ...), output ``action``; any batch size
     """
-    module = DeterministicPolicy(policy)
+    module = DeterministicPolicy(policy).eval()
     # two of them: the exporter would take 1 for a constant
     obs = th.as_tensor(np.stack([policy.observation_space.sample() for _ in range(2)]))
     th.onnx.export(

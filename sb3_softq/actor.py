@@ -161,7 +161,7 @@ class SamplingActor(Freezable, BasePolicy):
         return xi + shift, log_std.clamp(max=LOG_STD_MAX)
 
     def _activate_head(self, depth: int, hidden: th.Tensor) -> th.Tensor:
-        return activate(self.head[2 * depth + 1], hidden)  # type: ignore[arg-type]
+        return activate(self.head[2 * depth + 1], hidden)
 
     def with_further_particles(
         self, features: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_particles: int

@@ -1,154 +1,19 @@
-"""Critics for several actions per state, with batch normalisation over transitions and particles of their next states."""
+"""Critics: all of them in one pass, for several actions per state."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
-from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.type_aliases import PyTorchObs, TensorDict
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from sb3_softq.batch_norm import JointBatchNorm, Statistics, joint_statistics, normalised_linear
 from sb3_softq.networks import Affine, Freezable, activate, particle_forward
-from sb3_softq.products import linear, product, product_dtype
-from sb3_softq.stacking import stacked_optimizer_state, stacked_state, view_of
-
-# As CrossQ has it
-BATCH_NORM_EPS = 1e-3
-# Ten times CrossQ's: statistics that lag behind the weights cost mode coverage
-BATCH_NORM_MOMENTUM = 0.1
-
-
-class Statistics(NamedTuple):
-    """Mean and variance of the transitions alone, and of the joint batch with the pairs of the next states."""
-
-    own_mean: th.Tensor
-    own_var: th.Tensor
-    mean: th.Tensor
-    var: th.Tensor
-
-
-def joint_statistics(pairs: th.Tensor, next_pairs: th.Tensor) -> Statistics:
-    """
-    :param pairs: Of transitions, shape (..., batch_size, n_features)
-    :param next_pairs: Of particles of the next states, shape (..., n, n_features)
-    :return: Shapes (..., n_features), variances without Bessel's correction
-    """
-    (mean_1, var_1), (mean_2, var_2) = (_mean_and_var(x) for x in (pairs, next_pairs))
-    share = pairs.shape[-2] / (pairs.shape[-2] + next_pairs.shape[-2])
-    mean = th.lerp(mean_2, mean_1, share)
-    var = th.lerp(var_2, var_1, share) + share * (1.0 - share) * (mean_1 - mean_2).square()
-    return Statistics(mean_1, var_1, mean, var)
-
-
-def _mean_and_var(x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    # not th.var_mean, which takes twenty times as long over this axis
-    mean = x.mean(dim=-2)
-    return mean, (x - mean.unsqueeze(-2)).square_().mean(dim=-2)
-
-
-class _NormalisedLinear(th.autograd.Function):
-    """
-    Batch normalisation and the linear layer after it, as one linear layer, forwards and backwards: what depends on the batch
-    passes through matrix products alone. With z = gamma (x - mean) / std + beta, of the joint batch, and y = W z + b.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        pairs: th.Tensor,
-        next_pairs: th.Tensor,
-        weight: th.Tensor,
-        bias: th.Tensor,
-        gamma: th.Tensor,
-        beta: th.Tensor,
-        statistics: Statistics,
-        dtype: th.dtype,
-    ) -> tuple[th.Tensor, th.Tensor]:
-        own_mean, own_var, mean, var = statistics
-        inv_std = th.rsqrt(var + BATCH_NORM_EPS)
-        scale = gamma * inv_std
-        shift = th.addcmul(beta, mean, scale, value=-1)
-        folded = (weight * scale.unsqueeze(1)).to(dtype)
-        folded_bias = (bias + (shift.unsqueeze(1) @ weight.mT).squeeze(1)).to(dtype)
-        pairs, next_pairs = pairs.to(dtype), next_pairs.to(dtype)
-        ctx.save_for_backward(pairs, weight, folded, scale, shift, inv_std, own_mean, own_var, mean)
-        next_output = linear(next_pairs, folded, folded_bias)
-        ctx.mark_non_differentiable(next_output)
-        return linear(pairs, folded, folded_bias), next_output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: th.Tensor, _: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        pairs, weight, folded, scale, shift, inv_std, own_mean, own_var, mean = ctx.saved_tensors
-        n_rows = pairs.shape[1]
-        # sums over the rows of dL/dy, dL/dy x^T, dL/dz and dL/dz x
-        grad_sum = grad.sum(dim=1, dtype=weight.dtype)
-        grad_x = product(grad.mT, pairs).to(weight.dtype)
-        z_sum = (grad_sum.unsqueeze(1) @ weight).squeeze(1)
-        z_x = (grad_x * weight).sum(dim=1)
-        grad_weight = (grad_x * scale.unsqueeze(1)).addcmul_(grad_sum.unsqueeze(2), shift.unsqueeze(1))
-        grad_pairs = None
-        if ctx.needs_input_grad[0]:
-            # through the statistics of the transitions, which r and d of batch renormalisation turn into the joint ones
-            slope = -scale / (own_var + BATCH_NORM_EPS) * (z_x - own_mean * z_sum) / n_rows
-            offset = -scale * z_sum / n_rows - slope * own_mean
-            grad_pairs = th.addcmul(offset.unsqueeze(1), pairs, slope.unsqueeze(1)).add_(product(grad, folded)).to(pairs.dtype)
-        return grad_pairs, None, grad_weight, grad_sum, inv_std * (z_x - mean * z_sum), z_sum, None, None
-
-
-class JointBatchNorm(nn.Module):
-    """
-    Batch normalisation of a critic's inputs, by the statistics of transitions and particles of their next states together
-    while it is trained (:func:`normalised_linear`), by running statistics everywhere else. The mode of the module has no part
-    in it.
-
-    :param shape: (n_features,), or (n_critics, n_features) for all critics
-    """
-
-    running_mean: th.Tensor
-    running_var: th.Tensor
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.weight = nn.Parameter(th.ones(shape))
-        self.bias = nn.Parameter(th.zeros(shape))
-        self.register_buffer("running_mean", th.zeros(shape))
-        self.register_buffer("running_var", th.ones(shape))
-
-    @th.no_grad()
-    def follow(self, mean: th.Tensor, var: th.Tensor, n_rows: int) -> None:
-        """
-        Move the running statistics towards those of a batch.
-
-        :param mean: Mean
-        :param var: Variance without Bessel's correction
-        :param n_rows: Number of rows of the batch
-        """
-        self.running_mean.lerp_(mean, BATCH_NORM_MOMENTUM)
-        self.running_var.lerp_(var * (n_rows / (n_rows - 1)), BATCH_NORM_MOMENTUM)
-
-    def fold(self, weight: th.Tensor, bias: th.Tensor, subtract_first: bool) -> Affine:
-        """
-        Normalisation by running statistics and the linear layer after it, as one layer.
-
-        :param weight: Of the layer after it, shape (..., n_outputs, n_features)
-        :param bias: Shape (..., n_outputs)
-        :param subtract_first: Whether the mean stays apart, to be subtracted from the inputs, or goes into the bias
-        """
-        scale = self._scale()
-        shift = self.bias if subtract_first else self.bias - self.running_mean * scale
-        mean = self.running_mean if subtract_first else None
-        return Affine(weight * scale.unsqueeze(-2), bias + (shift.unsqueeze(-2) @ weight.mT).squeeze(-2), mean)
-
-    def _scale(self) -> th.Tensor:
-        return self.weight * th.rsqrt(self.running_var + BATCH_NORM_EPS)
-
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        return (x - self.running_mean) * self._scale() + self.bias
+from sb3_softq.stacking import from_sources, stacked_optimizer_state, stacked_state, view_of
 
 
 class CriticLayer(nn.Module):
@@ -170,13 +35,9 @@ class CriticLayer(nn.Module):
         if self.norm is not None:
             self.norm.load_state_dict(stacked_state(norms, list(self.norm.state_dict())))
 
-    def joint_forward(
-        self, pairs: th.Tensor, next_pairs: th.Tensor, subtract_first: bool
-    ) -> tuple[th.Tensor, th.Tensor]:
+    def joint_forward(self, pairs: th.Tensor, next_pairs: th.Tensor, subtract_first: bool) -> tuple[th.Tensor, th.Tensor]:
         """
-        Normalise by the statistics of both, which the running ones follow, and multiply. The gradient is that of batch
-        renormalisation (Ioffe 2017, https://arxiv.org/abs/1702.03275): of the statistics of the first alone, which constants
-        turn into those of the joint batch. The transitions are part of it, so that these need none of the bounds of the paper.
+        Normalise by the statistics of both, which the running ones follow, and multiply. See :func:`normalised_linear`.
 
         :param pairs: Of transitions, shape (n_critics, batch_size, n_inputs)
         :param next_pairs: Of particles of the next states, shape (n_critics, n, n_inputs)
@@ -193,16 +54,7 @@ class CriticLayer(nn.Module):
         if subtract_first:
             pairs = pairs - mean.unsqueeze(1)
             statistics = Statistics(own_mean - mean, own_var, th.zeros_like(mean), var)
-        return _NormalisedLinear.apply(
-            pairs,
-            next_pairs,
-            self.weight,
-            self.bias,
-            self.norm.weight,
-            self.norm.bias,
-            statistics,
-            product_dtype(pairs),
-        )
+        return normalised_linear(pairs, next_pairs, self.weight, self.bias, self.norm.weight, self.norm.bias, statistics)
 
     def fold(self, subtract_first: bool) -> Affine:
         """
@@ -234,6 +86,9 @@ class ParticleCritic(Freezable, BaseModel):
     """
 
     features_extractor: BaseFeaturesExtractor
+    # nn.ModuleLists
+    layers: Sequence[CriticLayer]
+    activations: Sequence[Sequence[nn.Module]]
 
     def __init__(
         self,
@@ -264,11 +119,13 @@ class ParticleCritic(Freezable, BaseModel):
         linears = [layers for layers in modules if isinstance(layers[0], nn.Linear)]
         norms = [layers for layers in modules if hasattr(layers[0], "running_mean")]
         if batch_norm and not norms:
-            norms = [[JointBatchNorm(linear.in_features) for linear in layers] for layers in linears]
+            norms = [tuple(JointBatchNorm(linear.in_features) for linear in layers) for layers in linears]
         activations = [layers for layers in modules if layers not in linears and layers not in norms]
-        self.layers = nn.ModuleList(CriticLayer(*layer) for layer in zip(linears, norms or [()] * len(linears), strict=True))
+        self.layers = nn.ModuleList(  # type: ignore[assignment]
+            CriticLayer(*layer) for layer in zip(linears, norms or [()] * len(linears), strict=True)
+        )
         # After each hidden layer, one for all critics, or one for each where there is something to learn
-        self.activations = nn.ModuleList(
+        self.activations = nn.ModuleList(  # type: ignore[assignment]
             nn.ModuleList(layers if list(layers[0].parameters()) else layers[:1]) for layers in activations
         )
 
@@ -298,10 +155,11 @@ class ParticleCritic(Freezable, BaseModel):
                 modules.append(activations[i % len(activations)])
         return modules
 
-    def _activate(self, depth: int, hidden: th.Tensor) -> th.Tensor:
+    def activate(self, depth: int, hidden: th.Tensor) -> th.Tensor:
         """
         :param depth: Number of the hidden layer
-        :param hidden: Shape (n_critics, ...)
+        :param hidden: Its output, shape (n_critics, ...), which may be overwritten
+        :return: Its activations, same shape
         """
         modules = self.activations[depth]
         if len(modules) == 1:
@@ -330,7 +188,7 @@ class ParticleCritic(Freezable, BaseModel):
         with th.set_grad_enabled(th.is_grad_enabled() and not weights_are_fixed):
             # Observations may lie far from zero: folded into the bias, their mean would take their digits along
             layers = [layer.fold(subtract_first=depth == 0) for depth, layer in enumerate(self.layers)]
-        return particle_forward(layers, self._activate, features, actions).squeeze(-1)
+        return particle_forward(layers, self.activate, features, actions).squeeze(-1)
 
     def joint_q_values(
         self, obs: PyTorchObs, actions: th.Tensor, next_obs: PyTorchObs, next_actions: th.Tensor
@@ -354,9 +212,9 @@ class ParticleCritic(Freezable, BaseModel):
         for depth, layer in enumerate(self.layers):
             pairs, next_pairs = layer.joint_forward(pairs, next_pairs, subtract_first=depth == 0)
             if depth < len(self.activations):
-                pairs = self._activate(depth, pairs)
+                pairs = self.activate(depth, pairs)
                 with th.no_grad():
-                    next_pairs = self._activate(depth, next_pairs)
+                    next_pairs = self.activate(depth, next_pairs)
         # what follows wants more digits than bfloat16 has
         return pairs.float(), next_pairs.float().unflatten(1, (-1, n_particles)).squeeze(3)
 
@@ -375,9 +233,9 @@ class ParticleCritic(Freezable, BaseModel):
 
     # ------------------------------------------------------------------ agents whose critics were networks of their own
 
-    def _sources(self) -> dict[str, list[str]]:
-        """Of each parameter and buffer, the names that it had in each critic, up to release 0.1.0 and in its order."""
-        sources: dict[str, list[str]] = {}
+    def _sources(self) -> dict[str, str | list[str]]:
+        """Names up to release 0.1.0: of a parameter or buffer, or of those of each critic that it is stacked from."""
+        sources: dict[str, str | list[str]] = {}
         per_layer = 3 if self.batch_norm else 2
         for depth, layer in enumerate(self.layers):
             position = depth * per_layer
@@ -389,17 +247,15 @@ class ParticleCritic(Freezable, BaseModel):
                 sources[f"layers.{depth}.{name}"] = [f"qf{i}.{position}.{name}" for i in range(self.n_critics)]
             for i, module in enumerate(self.activations[depth] if depth < len(self.activations) else ()):
                 for name in module.state_dict():
-                    sources[f"activations.{depth}.{i}.{name}"] = [f"qf{i}.{position + 1}.{name}"]
+                    sources[f"activations.{depth}.{i}.{name}"] = f"qf{i}.{position + 1}.{name}"
         return sources
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if prefix + "qf0.0.weight" in state_dict:
-            for name, old_names in self._sources().items():
-                tensors = [state_dict.pop(prefix + old_name) for old_name in old_names]
-                state_dict[prefix + name] = th.stack(tensors) if name.startswith("layers.") else tensors[0]
-            for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(".num_batches_tracked")]:
-                # nn.BatchNorm1d stood here, and counted
-                state_dict.pop(key)
+        old = prefix + "qf"
+        if old + "0.0.weight" in state_dict:
+            tensors = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(old)}
+            for name, names in self._sources().items():
+                state_dict[prefix + name] = from_sources(names, tensors)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def stacked_optimizer_state(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -408,10 +264,16 @@ class ParticleCritic(Freezable, BaseModel):
         :return: State of that of the stacked parameters
         """
         sources = self._sources()
-        names = [name for name, _ in self.named_parameters() if name in sources]
-        old_names = [old_name for name in sources if name in names for old_name in sources[name]]
-        old_order = [name for i in range(self.n_critics) for name in old_names if name.startswith(f"qf{i}.")]
-        return stacked_optimizer_state(state, old_order, {name: sources[name] for name in names})
+        learned = [name for name, _ in self.named_parameters() if name in sources]
+        old_names = [
+            name
+            for i in range(self.n_critics)
+            for key, names in sources.items()
+            if key in learned
+            for name in ([names] if isinstance(names, str) else names)
+            if name.startswith(f"qf{i}.")
+        ]
+        return stacked_optimizer_state(state, old_names, {name: sources[name] for name in learned})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nets = state.pop("q_networks", None)
@@ -426,7 +288,8 @@ class ParticleCritic(Freezable, BaseModel):
         if optimizer is not None:
             (group,) = optimizer.param_groups
             new_state = self.stacked_optimizer_state(optimizer.state_dict())
-            own = [*self.layers.parameters(), *self.activations.parameters()]
+            sources = self._sources()
+            own = [parameter for name, parameter in self.named_parameters() if name in sources]
             n_before = len(new_state["param_groups"][0]["params"]) - len(own)
             group["params"] = [*group["params"][:n_before], *own]
             optimizer.state.clear()
@@ -443,3 +306,16 @@ def min_q_values(critic: ParticleCritic, obs: PyTorchObs, u: th.Tensor) -> th.Te
     with th.no_grad():
         features = critic.features(obs)
     return critic.q_values(features, th.tanh(u), weights_are_fixed=True).amin(dim=0)
+
+
+def with_stacked_optimizer(critic: nn.Module, params: TensorDict) -> TensorDict:
+    """
+    :param critic: Critics of an agent
+    :param params: Parameters for it, as ``set_parameters`` takes them
+    :return: The same, where release 0.1.0 saved them with an optimizer's state that fits the critics
+    """
+    if "critic.qf0.0.weight" not in params.get("policy", ()) or not isinstance(critic, ParticleCritic):
+        return params
+    # SB3's TensorDict leaves out that an optimizer's state is no dict of tensors
+    state: Any = critic.stacked_optimizer_state(params["critic.optimizer"])  # type: ignore[arg-type]
+    return params | {"critic.optimizer": state}

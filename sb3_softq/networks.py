@@ -59,8 +59,8 @@ def particle_forward(
     particles: th.Tensor,
 ) -> th.Tensor:
     """
-    Apply an MLP on [features, particle], or several of them, to several particles per state. The first layer splits into a part
-    that is computed once per state and a part computed per particle.
+    Apply an MLP on [features, particle], or several of them, to several particles per state. The first layer splits into a
+    part that is computed once per state and a part computed per particle.
 
     :param layers: Linear layers
     :param activation: Of a hidden layer, by its number
@@ -74,7 +74,7 @@ def particle_forward(
     for depth, layer in enumerate(layers[1:]):
         hidden = linear(activation(depth, hidden), layer.weight, layer.bias)
     # what follows wants more digits than bfloat16 has
-    return hidden.float().unflatten(-2, (len(features), particles.shape[1]))
+    return hidden.float().unflatten(-2, (features.shape[0], particles.shape[1]))
 
 
 def _first_layer(layer: Affine, features: th.Tensor, particles: th.Tensor) -> th.Tensor:

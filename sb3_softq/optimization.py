@@ -65,7 +65,7 @@ def _guards_that_matter(guards: Sequence[Any]) -> list[bool]:
 @cache
 def _compiled(loss: Callable[..., LossAndStats]) -> Callable[..., dict[str, th.Tensor]]:
     # the random numbers of the uncompiled function, not of Inductor
-    options = {"fallback_random": True, "guard_filter_fn": _guards_that_matter}
+    options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": _guards_that_matter}
     compiled = th.compile(lambda *args: _backward(loss, *args), options=options)
     # A graph for each setting of an agent in this process: past the limit, 8 by default, functions run uncompiled
     setting = th._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64)

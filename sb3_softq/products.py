@@ -51,8 +51,8 @@ def product_dtype(x: th.Tensor) -> th.dtype:
 
 def _is_for_onednn(left: th.Tensor, right: th.Tensor, dtype: th.dtype) -> bool:
     """By the number of rows of the left factor and of entries of the right one, or of its transpose."""
-    is_large = left.shape[-2] * right.shape[-2] * right.shape[-1] >= _ONEDNN_MIN_SIZE
-    return is_large and _ONEDNN_IS_FASTER and dtype == th.float32 and left.device.type == "cpu"
+    is_possible = _ONEDNN_IS_FASTER and dtype == th.float32 and left.device.type == "cpu" and not th.compiler.is_exporting()
+    return is_possible and left.shape[-2] * right.shape[-2] * right.shape[-1] >= _ONEDNN_MIN_SIZE
 
 
 class _OneDNNLinear(th.autograd.Function):
@@ -103,6 +103,8 @@ _LIBRARY.define("onednn_product(Tensor left, Tensor right, Tensor? bias) -> Tens
 _LIBRARY.impl("onednn_product", _multiply, "CPU")
 
 
-@th.library.register_fake("sb3_softq::onednn_product", lib=_LIBRARY)
-def _(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+def _shape_of_product(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
     return left.new_empty(*left.shape[:-1], right.shape[-1])
+
+
+th.library.register_fake("sb3_softq::onednn_product", _shape_of_product, lib=_LIBRARY)

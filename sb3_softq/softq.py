@@ -17,7 +17,7 @@ from sb3_softq.actor import SamplingActor, entropy_bounds
 from sb3_softq.annealing import Annealing
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_compiler, check_flag, check_learning_rate, check_number
-from sb3_softq.critic import ParticleCritic, min_q_values
+from sb3_softq.critic import ParticleCritic, min_q_values, with_stacked_optimizer
 from sb3_softq.observations import batch_size, evenly_spaced
 from sb3_softq.optimization import LossAndStats, minimize
 from sb3_softq.options import ParticleOptions
@@ -387,10 +387,7 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         params = self._read_parameters(load_path_or_dict, device)
-        if "critic.qf0.0.weight" in params.get("policy", ()) and "critic.optimizer" in params:
-            # release 0.1.0 had a network for each critic
-            params = params | {"critic.optimizer": self.critic.stacked_optimizer_state(params["critic.optimizer"])}
-        super().set_parameters(params, exact_match, device)
+        super().set_parameters(with_stacked_optimizer(self.critic, params), exact_match, device)
         if self._n_updates > 0 and "n_averaged" not in params.get("policy", ["n_averaged"]):
             # release 0.1.0 counted the agent's updates
             self.policy.n_averaged = self._n_updates / self.policy_delay

@@ -34,27 +34,39 @@ def view_of(stacked: nn.Module, i: int, module: AnyModule) -> AnyModule:
     return module
 
 
+def from_sources(sources: str | Sequence[str], tensors: Mapping[str, th.Tensor]) -> th.Tensor:
+    """
+    :param sources: A name, or names of what is stacked
+    :param tensors: Tensors by their names
+    :return: The tensor, or the stack of them
+    """
+    return tensors[sources] if isinstance(sources, str) else th.stack([tensors[name] for name in sources])
+
+
 def stacked_optimizer_state(
-    state: Mapping[str, Any], old_order: Sequence[str], sources: Mapping[str, Sequence[str]]
+    state: Mapping[str, Any], old_names: Sequence[str], sources: Mapping[str, str | Sequence[str]]
 ) -> dict[str, Any]:
     """
-    :param state: State of an optimizer of separate networks, as its ``state_dict()`` gives it. Parameters before theirs, such as
-        those of a features extractor, keep their place.
-    :param old_order: Names of their parameters, in the optimizer's order
-    :param sources: Of each parameter of the stacked network, in the optimizer's order, the names of those that it is stacked
-        from
+    :param state: State of an optimizer of separate networks, as its ``state_dict()`` gives it. Parameters before theirs, such
+        as those of a features extractor, keep their place.
+    :param old_names: Names of their parameters, in the optimizer's order
+    :param sources: Of each parameter of the stacked network, in the optimizer's order, its name or the names of those that it
+        is stacked from
     :return: State for the stacked network
     """
     (group,) = state["param_groups"]
-    n_before = len(group["params"]) - len(old_order)
-    values: dict[int, dict[str, Any]] = state["state"]
-    result = {i: values[i] for i in range(n_before) if i in values}
+    n_before = len(group["params"]) - len(old_names)
+    old: dict[int, dict[str, Any]] = state["state"]
+    by_name = {name: old[i] for i, name in enumerate(old_names, start=n_before) if i in old}
+    new = {i: old[i] for i in range(n_before) if i in old}
     for i, names in enumerate(sources.values(), start=n_before):
-        parts = [values.get(n_before + old_order.index(name), {}) for name in names]
-        # numbers, such as that of the steps, are the same for all
-        result[i] = {
-            key: th.stack([part[key] for part in parts]) if isinstance(value, th.Tensor) and value.ndim > 0 else value
-            for key, value in parts[0].items()
-        }
-    n_after = n_before + len(sources)
-    return {"state": {i: v for i, v in result.items() if v}, "param_groups": [group | {"params": list(range(n_after))}]}
+        first = by_name.get(names if isinstance(names, str) else names[0], {})
+        if first:
+            # numbers, such as that of the steps, are the same for all
+            new[i] = {
+                key: from_sources(names, {name: values[key] for name, values in by_name.items()})
+                if isinstance(value, th.Tensor) and value.ndim > 0
+                else value
+                for key, value in first.items()
+            }
+    return {"state": new, "param_groups": [group | {"params": list(range(n_before + len(sources)))}]}

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import nn
 
 from sb3_softq import ParticleOptions, SoftQ
-from sb3_softq.critic import JointBatchNorm
+from sb3_softq.batch_norm import JointBatchNorm
 
 
 class OneStep(gym.Env):

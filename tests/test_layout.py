@@ -10,8 +10,11 @@ ROOT = Path(__file__).parent.parent / "sb3_softq"
 # From the bottom up, a level each: a module imports from levels below its own alone, or from its own
 LEVELS = (
     ("version",),
-    ("checks", "finite", "spaces", "soft_value", "stein", "replay", "observations", "optimization", "annealing", "networks"),
-    ("options", "actor", "critic"),
+    ("checks", "finite", "spaces", "soft_value", "stein", "replay", "observations", "optimization", "annealing", "stacking"),
+    ("products",),
+    ("options", "networks"),
+    ("actor", "batch_norm"),
+    ("critic",),
     ("policies", "off_policy"),
     ("base", "queries"),
     ("discrete", "softq"),

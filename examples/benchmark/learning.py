@@ -31,6 +31,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from time_to_return import SPEED_ROWS, SPEED_TABLE, parse_threshold
+
 # torch and Stable-Baselines3 are imported by training_run.py only: this process waits beside busy cores
 
 ALGOS = ("softq", "sac", "td3", "tqc", "original")
@@ -319,7 +321,17 @@ def report(args: argparse.Namespace) -> None:
     # here, not above: it needs packages that training does not
     from report import make_report
 
-    make_report(args.csv, args.out or args.csv[0].with_suffix(""), args.labels, args.reference, args.returns, args.reps)
+    make_report(
+        args.csv,
+        args.out or args.csv[0].with_suffix(""),
+        args.labels,
+        args.reference,
+        args.returns,
+        args.reps,
+        args.thresholds,
+        args.speed_table,
+        args.speed_row,
+    )
 
 
 def parse_change(text: str) -> tuple[str, Any]:
@@ -378,6 +390,24 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--reference", default="softq", help="label whose probability of improvement is computed")
     command.add_argument("--returns", choices=("deterministic", "stochastic"), default="deterministic")
     command.add_argument("--reps", type=positive, default=2000, help="bootstrap replications")
+    command.add_argument(
+        "--thresholds",
+        nargs="+",
+        action="extend",
+        type=parse_threshold,
+        default=[],
+        metavar="[ENV=]RETURN",
+        help="returns whose time to return is computed (default: that of the RL Zoo's SAC and half of it)",
+    )
+    command.add_argument("--speed-table", type=Path, default=SPEED_TABLE, help="of speed.py, for minutes (default: results/)")
+    command.add_argument(
+        "--speed-row",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="LABEL=ROW",
+        help=f"row of the speed table for a label (default: {', '.join(f'{x}={y}' for x, y in SPEED_ROWS.items())})",
+    )
     return parser
 
 

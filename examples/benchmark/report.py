@@ -1,6 +1,6 @@
 """Statistics and figures of the learning benchmark, see ``learning.py report``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,18 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from time_to_return import (
+    SPEED_TABLE,
+    TimeToReturn,
+    as_text,
+    choose_speeds,
+    choose_thresholds,
+    describe,
+    read_speed_table,
+    sac_hours,
+    time_to_return,
+    write_csv,
+)
 
 try:
     import pandas as pd
@@ -25,6 +37,7 @@ except ImportError as error:
 # of actions uniform over the box, v4, env.reset(seed=s) and env.action_space.seed(s), s = 10000 to 10099.
 RANDOM_RETURNS = {"HalfCheetah": -279.4, "Hopper": 16.8, "Walker2d": 2.5, "Ant": -40.6, "Humanoid": 125.1}
 REFERENCE_RETURNS = {"HalfCheetah": 9535.0, "Hopper": 2326.0, "Walker2d": 3863.0, "Ant": 4616.0, "Humanoid": 6232.0}
+REFERENCE_STEPS = {"Humanoid": 2_000_000}  # the others: 1,000,000
 
 COLOURS = {"softq": "C0", "sac": "C3", "td3": "C2", "tqc": "C1", "original": "0.45"}
 OTHER_COLOURS = ("C4", "C5", "C6", "C8", "C9", "navy", "darkgreen", "gold", "maroon", "black")
@@ -132,8 +145,25 @@ def mean_band(values: np.ndarray, reps: int) -> np.ndarray:
     return np.percentile(values[:, draws].mean(axis=2), [2.5, 97.5], axis=1)
 
 
-def make_report(csvs: list[Path], out: Path, labels: list[str] | None, reference: str, returns: str, reps: int) -> None:
+def make_report(
+    csvs: list[Path],
+    out: Path,
+    labels: list[str] | None,
+    reference: str,
+    returns: str,
+    reps: int,
+    thresholds: Sequence[tuple[str | None, float]] = (),
+    speed_table: Path = SPEED_TABLE,
+    speed_rows: Sequence[str] = (),
+) -> None:
     results = Results(csvs, labels, reference, returns)
+    try:
+        table = read_speed_table(speed_table)
+        speeds = choose_speeds(speed_rows, results.labels, table)
+        times = times_to_return(results, thresholds, speeds)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    sac_steps = sorted({reference_steps(time.env) for time in times if not thresholds} | {1_000_000})
     scores, envs, steps = results.scores()
     final = {label: values[..., -1] for label, values in scores.items()}
     iqm = estimate(final, interquartile_mean, reps)
@@ -147,6 +177,7 @@ def make_report(csvs: list[Path], out: Path, labels: list[str] | None, reference
         "curves.png": plot_curves(results, returns, reps),
         "aggregate.png": plot_aggregate(results, steps, iqm, improvement, efficiency),
         "diagnostics.png": plot_diagnostics(results),
+        "time_to_return.png": plot_time_to_return(results, times, [sac_hours(table, steps) for steps in sac_steps]),
     }
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=DPI)
@@ -154,7 +185,42 @@ def make_report(csvs: list[Path], out: Path, labels: list[str] | None, reference
 
     text = markdown(results, scores, envs, int(steps[-1]), iqm, improvement, returns)
     print(text)
+    write_csv(times, table, out / "time_to_return.csv")
+    print(f"\n{as_text(times, table, speeds, sac_steps)}")
+    left_out = [env for env in results.envs if env not in {time.env for time in times}]
+    if left_out:
+        print(f"No time to return for {', '.join(left_out)}: no reference return, see --thresholds.")
     print(f"\nFigures: {', '.join(str(out / name) for name in figures)}")
+
+
+def reference_steps(env: str) -> int:
+    return REFERENCE_STEPS.get(env.partition("-")[0], 1_000_000)
+
+
+def times_to_return(
+    results: Results, thresholds: Sequence[tuple[str | None, float]], speeds: dict[str, float]
+) -> list[TimeToReturn]:
+    """
+    :param results: Evaluations; whatever they compare, deterministic returns count
+    :param thresholds: Returns to reach, with the environment or None for all; by default the reference and half of it
+    :param speeds: Steps per second by label
+    :return: By environment, threshold and label
+    """
+    references = {
+        env: (f"SAC {thousands(reference_steps(env), 0)}", REFERENCE_RETURNS[env.partition("-")[0]])
+        for env in results.envs
+        if env.partition("-")[0] in REFERENCE_RETURNS
+    }
+    times = []
+    for env, values in choose_thresholds(thresholds, results.envs, references).items():
+        for threshold in values:
+            for label in results.labels:
+                table = results.table(label, env, "deterministic_mean")
+                if table.shape[1] == 0:
+                    continue
+                steps, means = table.index.tolist(), table.mean(axis=1).tolist()
+                times += time_to_return(env, label, [threshold], steps, means, table.shape[1], speeds.get(label))
+    return times
 
 
 # ------------------------------------------------------------------ table
@@ -318,4 +384,46 @@ def plot_diagnostics(results: Results) -> Figure:
         top.set_title(title)
         bottom.set_xlabel("steps")
     add_legend(figure, results)
+    return figure
+
+
+def plot_time_to_return(results: Results, times: list[TimeToReturn], notes: list[str]) -> Figure:
+    """A panel per environment, a bar of minutes per label and threshold; the text stands where there is no bar too."""
+    envs = list(dict.fromkeys(time.env for time in times)) or [""]
+    n_columns = min(len(envs), 2)
+    n_rows = -(-len(envs) // n_columns)
+    n_bars = max((sum(time.env == env for time in times) for env in envs), default=1)
+    figure, axes = plt.subplots(
+        n_rows,
+        n_columns,
+        figsize=(5.5 * n_columns, n_rows * (0.24 * n_bars + 0.8) + 0.4),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+    )
+    for ax, env in zip(axes.flat, envs, strict=False):
+        mine = [time for time in times if time.env == env]
+        labels = [label for label in results.labels if any(time.label == label for time in mine)]
+        for height, label in enumerate(labels):
+            group = [time for time in mine if time.label == label]
+            width = 0.84 / len(group)
+            for i, time in enumerate(group):
+                y = height + (i - 0.5 * (len(group) - 1)) * width
+                if time.minutes is not None:
+                    alpha = 0.6 - 0.35 * i / max(len(group) - 1, 1)
+                    ax.barh(y, time.minutes, height=0.92 * width, color=results.colours[label], alpha=alpha)
+                name, value = time.threshold.name, f"{time.threshold.value:,.10g}"
+                title = value if name == f"{time.threshold.value:.10g}" else f"{name} ({value})"
+                colour = "black" if time.steps is not None else "0.5"
+                text = f"{title}: {describe(time)}"
+                ax.annotate(text, (0, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
+        ax.set_yticks(range(len(labels)), labels)
+        ax.set_ylim(len(labels) - 0.4, -0.6)
+        finish(ax, title=env)
+        ax.grid(visible=False, axis="y")
+        ax.set_axisbelow(True)
+    axes[0, 0].set_xlim(0, 1.05 * max((time.minutes for time in times if time.minutes is not None), default=1))
+    for ax in axes.flat[len(envs) :]:
+        ax.set_visible(False)
+    figure.supxlabel(f"minutes on one core, learning_starts steps at full price. {'. '.join(notes)}", fontsize=9)
     return figure

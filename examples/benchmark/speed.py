@@ -2,7 +2,7 @@
 How fast SoftQ trains and acts, beside its peers and a plain port of soft Q-learning, all in one run.
 
     python examples/benchmark/speed.py            # everything; --quick for a smoke run
-    python examples/benchmark/speed.py --only table|growth|predict|memory
+    python examples/benchmark/speed.py --only table|growth|predict|start|memory
 
 See the README of this folder for what is measured and how.
 """
@@ -10,9 +10,12 @@ See the README of this folder for what is measured and how.
 import argparse
 import multiprocessing
 import os
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,13 +34,23 @@ from speed_plots import plot_growth, plot_memory, plot_table
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from torch import nn
 
 from sb3_softq import SQL_2017, SoftQ
 
 try:
-    from sbx import SAC as SBX_SAC
+    import sbx
 except ImportError:
-    SBX_SAC = None
+    sbx = None  # type: ignore[assignment]
+try:
+    import onnxruntime
+
+    sys.path.append(str(Path(__file__).parents[1]))
+    from export_onnx import export
+except ImportError:
+    onnxruntime = None
 
 
 ENV_ID = "Walker2d-v4"
@@ -61,10 +74,11 @@ class Effort:
     growth_updates: int = 10
     predictions: int = 200
     memory_steps: int = 5_000
+    starts: int = 3
     every: int = 1  # take each n-th point of a growth curve
 
 
-QUICK = Effort(2, 4, 110, 2, 2, 20, 400, every=3)
+QUICK = Effort(2, 4, 110, 2, 2, 20, 400, starts=1, every=3)
 
 
 # ---------------------------------------------------------------------- table: steps per second and matmuls
@@ -104,7 +118,8 @@ def agents() -> dict[str, Callable[[], Any] | None]:
     rows["SoftQ, no batch normalisation"] = row(SoftQ, dict(batch_norm=False), tau=0.005)
     rows["SoftQ, compiled, policy_delay=2"] = row(SoftQ, {}, compile=True, policy_delay=2)
     rows |= {cls.__name__: row(cls) for cls in (SAC, TD3, TQC, CrossQ)}
-    rows["SAC of sbx"] = row(SBX_SAC) if SBX_SAC is not None else None
+    rows["CrossQ, its own widths"] = row(CrossQ, {})
+    rows |= {f"{name} of sbx": None if sbx is None else row(getattr(sbx, name)) for name in ("SAC", "TD3", "CrossQ")}
     rows |= {f"SQL (2017), SoftQ{name}": row(SoftQ, ORIGINAL_NET, **LOAD, **option) for name, option in options.items()}
     return rows | {PLAIN: row(PlainPort, ORIGINAL_NET, **LOAD)}
 
@@ -244,32 +259,89 @@ def measure_growth(effort: Effort, out: Path) -> None:
 # ---------------------------------------------------------------------- latency of predict
 
 
+def onnx_predict(name: str, policy: BasePolicy, path: Path) -> Callable[[np.ndarray], Any]:
+    """The deterministic action through onnxruntime, one thread, from observations as the environment gives them."""
+    if name == "SAC":
+        # it makes a distribution, whose checks cannot be exported
+        actor: Any = policy.actor
+        mean = nn.Sequential(actor.features_extractor, actor.latent_pi, actor.mu, nn.Tanh())
+        setattr(policy, "_predict", lambda obs, deterministic: mean(obs))  # noqa: B010
+    export(policy, path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options)
+    return lambda obs: session.run(None, {"obs": np.atleast_2d(obs).astype(np.float32)})
+
+
 def measure_predict(effort: Effort, out: Path) -> None:
-    """Milliseconds of ``predict`` for one observation, one thread."""
+    """Milliseconds of ``predict`` for one observation and for 64, one thread."""
     set_threads(1)
-    models = {
+    models: dict[str, OffPolicyAlgorithm] = {
         "SoftQ": SoftQ("MlpPolicy", ENV_ID),
         "SAC": SAC("MlpPolicy", ENV_ID, policy_kwargs=dict(NET)),
     }
-    obs = gym.make(ENV_ID).reset(seed=0)[0]
+    predict: dict[tuple[str, str], Callable[[np.ndarray], Any]] = {}
+    for name, model in models.items():
+        predict[name, "stochastic"] = model.predict
+        predict[name, "deterministic"] = partial(model.predict, deterministic=True)
+    if onnxruntime is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, model in models.items():
+                predict[name, "deterministic, ONNX"] = onnx_predict(
+                    name, deepcopy(model.policy), Path(folder) / f"{name}.onnx"
+                )
+    one = gym.make(ENV_ID).reset(seed=0)[0]
+    observations = {1: one, 64: np.stack([one] * 64)}
 
-    def seconds(key: tuple[str, bool]) -> float:
-        name, deterministic = key
+    def seconds(key: tuple[str, str, int]) -> float:
+        name, kind, n_observations = key
         start = time.perf_counter()
         for _ in range(effort.predictions):
-            models[name].predict(obs, deterministic=deterministic)
+            predict[name, kind](observations[n_observations])
         return (time.perf_counter() - start) / effort.predictions
 
-    keys = [(name, deterministic) for deterministic in (False, True) for name in models]
+    keys = [(name, kind, n) for n in observations for name, kind in predict]
     interleave(seconds, keys, 1)
     times = interleave(seconds, keys, effort.rounds)
     rows: list[Row] = [
         dict(
-            algorithm=key[0], deterministic=key[1], ms=1e3 * median(times[key]), to_SAC=ratio(times[key], times["SAC", key[1]])
+            algorithm=name,
+            action=kind,
+            observations=n,
+            ms=1e3 * median(times[name, kind, n]),
+            to_SAC=ratio(times[name, kind, n], times["SAC", kind, n]),
         )
-        for key in keys
+        for name, kind, n in keys
     ]
     write(out / "speed_predict.csv", rows)
+    show(rows)
+
+
+# ---------------------------------------------------------------------- start of a process
+
+
+def start_in_process(compile: bool) -> float:
+    """Seconds from before the first update to after it, to be called in a process of its own."""
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    th.set_num_threads(1)
+    model = SoftQ("MlpPolicy", ENV_ID, buffer_size=1_000, learning_starts=100, compile=compile).learn(100)
+    start = time.perf_counter()
+    model.learn(1, reset_num_timesteps=False)
+    return time.perf_counter() - start
+
+
+def measure_start(effort: Effort, out: Path) -> None:
+    """Seconds of the first update: without compilation, compiled for the first time on a machine, and in a second process."""
+    rows: list[Row] = []
+    for i in range(effort.starts):
+        with tempfile.TemporaryDirectory() as folder:
+            # the processes inherit it
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+            for name, compile in (("not compiled", False), ("compiled, first process", True), ("compiled, second", True)):
+                (seconds,) = in_new_process(start_in_process, [(compile,)])
+                rows.append(dict(start=name, turn=i, seconds=seconds))
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    write(out / "speed_start.csv", rows)
     show(rows)
 
 
@@ -312,7 +384,7 @@ def measure_memory(effort: Effort, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["table", "growth", "predict", "memory"], help="measure this part alone")
+    parser.add_argument("--only", choices=["table", "growth", "predict", "start", "memory"], help="measure this part alone")
     parser.add_argument("--quick", action="store_true", help="smoke run, its numbers mean nothing")
     parser.add_argument("--long", action="store_true", help="memory over 50,000 steps")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="torch threads of the table")
@@ -338,6 +410,8 @@ def main() -> None:
         measure_growth(effort, args.out)
     if args.only in (None, "predict"):
         measure_predict(effort, args.out)
+    if args.only in (None, "start"):
+        measure_start(effort, args.out)
     if args.only in (None, "memory"):
         measure_memory(effort, args.out)
     print(f"Results: {args.out}")

@@ -9,14 +9,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch as th
-import torch.nn.functional as F
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch import nn
 
 from sb3_softq import SoftQ
 from sb3_softq.actor import SamplingActor
 from sb3_softq.base import MaximumEntropyAlgorithm
-from sb3_softq.critic import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, JointBatchNorm, ParticleCritic
+from sb3_softq.batch_norm import BATCH_NORM_EPS
+from sb3_softq.critic import CriticLayer, ParticleCritic
 from sb3_softq.soft_value import mixture_log_prob, tanh_log_det
 
 # Density-only particles of the next states, as many as the actor's update has by default
@@ -117,14 +116,13 @@ def joint_gradient() -> None:
     included, not through the transitions alone.
     """
 
-    def joint_forward(net: nn.Module, pairs: th.Tensor) -> th.Tensor:
-        for layer in net.children():
-            if isinstance(layer, JointBatchNorm):
-                statistics, affine = (layer.running_mean, layer.running_var), (layer.weight, layer.bias)
-                pairs = F.batch_norm(pairs, *statistics, *affine, True, BATCH_NORM_MOMENTUM, BATCH_NORM_EPS)
-            else:
-                pairs = layer(pairs)
-        return pairs
+    def joint_forward(layer: CriticLayer, rows: th.Tensor) -> th.Tensor:
+        assert layer.norm is not None
+        mean, var = rows.mean(dim=1), rows.var(dim=1, correction=0)
+        layer.norm.follow(mean.detach(), var.detach(), rows.shape[1])
+        scale = layer.norm.weight * th.rsqrt(var + BATCH_NORM_EPS)
+        rows = (rows - mean.unsqueeze(1)) * scale.unsqueeze(1) + layer.norm.bias.unsqueeze(1)
+        return th.baddbmm(layer.bias.unsqueeze(1), rows, layer.weight.mT)
 
     def joint_q_values(
         self: ParticleCritic, obs: PyTorchObs, actions: th.Tensor, next_obs: PyTorchObs, next_actions: th.Tensor
@@ -133,9 +131,12 @@ def joint_gradient() -> None:
         with th.no_grad():
             next_features = self.features(next_obs).repeat_interleave(n_particles, dim=0)
         features = th.cat([self.features(obs), next_features])
-        pairs = th.cat([features, th.cat([actions, next_actions.flatten(0, 1)])], dim=1)
-        q_values = th.stack([joint_forward(net, pairs) for net in self.q_networks]).float()
-        q_values, next_q_values = q_values.split([batch_size, batch_size * n_particles], dim=1)
+        rows = th.cat([features, th.cat([actions, next_actions.flatten(0, 1)])], dim=1).expand(self.n_critics, -1, -1)
+        for depth, layer in enumerate(self.layers):
+            rows = joint_forward(layer, rows)
+            if depth < len(self.activations):
+                rows = self.activate(depth, rows)
+        q_values, next_q_values = rows.float().split([batch_size, batch_size * n_particles], dim=1)
         return q_values, next_q_values.detach().unflatten(1, (batch_size, n_particles)).squeeze(3)
 
     patch.object(ParticleCritic, "joint_q_values", joint_q_values).start()

@@ -1,0 +1,130 @@
+"""Matrix products by one library or the other: the same numbers and gradients, those of float64."""
+
+import math
+
+import pytest
+import torch as th
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sb3_softq import products
+from sb3_softq.products import linear, product
+from sb3_softq.stacking import view_of
+
+HAS_ONEDNN = th.backends.mkldnn.is_available()
+LIBRARIES = [
+    pytest.param(math.inf, id="torch"),
+    pytest.param(1, id="onednn", marks=pytest.mark.skipif(not HAS_ONEDNN, reason="torch has no oneDNN")),
+]
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request, monkeypatch):
+    """All products, whatever their size, by one library."""
+    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(products, "_ONEDNN_MIN_SIZE", request.param)
+    calls = []
+    multiply = products._multiply
+    monkeypatch.setattr(products, "_multiply", lambda *args: (calls.append(1), multiply(*args))[1])
+    yield
+    assert bool(calls) == (request.param == 1)
+
+
+def draw(networks, *shapes):
+    return [th.randn(*networks, *shape, requires_grad=True) for shape in shapes]
+
+
+def layouts(x):
+    """The same numbers: in order, transposed in memory, and as parts of larger matrices."""
+    wide = th.zeros(*x.shape[:-2], x.shape[-2] + 3, x.shape[-1] + 5)
+    wide[..., 2:-1, 3:-2] = x
+    return x, x.mT.contiguous().mT, wide[..., 2:-1, 3:-2], wide.mT.contiguous().mT[..., 2:-1, 3:-2]
+
+
+@pytest.mark.parametrize("networks", [(), (1,), (3,)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear(library, networks, has_bias):
+    x, weight, bias = draw(networks, (7, 5), (4, 5), (4,))
+    exact = [tensor.detach().double().requires_grad_(True) for tensor in (x, weight, bias)]
+    expected = exact[0] @ exact[1].mT + (exact[2].unsqueeze(-2) if has_bias else 0.0)
+    result = linear(x, weight, bias if has_bias else None)
+    th.testing.assert_close(result, expected.float())
+    grad = th.randn_like(result)
+    inputs = 3 if has_bias else 2
+    gradients = th.autograd.grad(result, (x, weight, bias)[:inputs], grad)
+    theirs = th.autograd.grad(expected, exact[:inputs], grad.double())
+    th.testing.assert_close(gradients, tuple(gradient.float() for gradient in theirs))
+    with th.no_grad():
+        assert th.equal(linear(x, weight, bias if has_bias else None), result)
+
+
+@pytest.mark.parametrize("networks", [(), (2,)])
+def test_layouts(library, networks):
+    """A part of a matrix is as good as a matrix."""
+    left, right = (x.detach() for x in draw(networks, (7, 5), (5, 4)))
+    for a in layouts(left):
+        for b in layouts(right):
+            th.testing.assert_close(product(a, b), (left.double() @ right.double()).float())
+    expanded = left[..., :1, :].expand(*networks, 7, 5)
+    th.testing.assert_close(product(expanded, right), expanded @ right)
+
+
+def test_what_needs_no_gradient_gets_none(library):
+    x, weight, bias = draw((2,), (7, 5), (4, 5), (4,))
+    weight.requires_grad_(False)
+    linear(x, weight, bias).sum().backward()
+    assert x.grad is not None
+    assert bias.grad is not None
+    assert weight.grad is None
+
+
+def test_other_types_are_left_to_torch(monkeypatch):
+    """oneDNN is asked for float32 alone: not where autocast is enabled, and not for double precision."""
+    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(products, "_ONEDNN_MIN_SIZE", 1)
+    monkeypatch.setattr(products, "_multiply", lambda *_: pytest.fail("oneDNN was asked"))
+    for networks in ((), (2,)):
+        x, weight, bias = draw(networks, (7, 5), (4, 5), (4,))
+        with th.autocast("cpu", dtype=th.bfloat16):
+            result = linear(x, weight, bias)
+            assert result.dtype == th.bfloat16
+            result.float().sum().backward()
+        assert x.grad.dtype == weight.grad.dtype == th.float32
+        assert linear(x.double(), weight.double(), bias.double()).dtype == th.float64
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="torch has no oneDNN")
+def test_compiled(monkeypatch):
+    """The compiler takes oneDNN's product for an operator of its own."""
+    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(products, "_ONEDNN_MIN_SIZE", 1)
+    for networks in ((), (2,)):
+        x, weight, bias = draw(networks, (7, 5), (5, 5), (5,))
+
+        def loss(x, weight, bias):
+            return linear(linear(x, weight, bias).relu(), weight, bias).square().sum()
+
+        gradients = [
+            th.autograd.grad(function(x, weight, bias), (x, weight, bias))
+            for function in (loss, th.compile(loss, fullgraph=True))
+        ]
+        th.testing.assert_close(*gradients)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 3))
+def test_shapes(n_rows, n, n_columns, n_networks):
+    networks = (n_networks,) if n_networks else ()
+    left, right = th.randn(*networks, n_rows, n), th.randn(*networks, n, n_columns)
+    th.testing.assert_close(products._multiply(left, right, None), left @ right)
+
+
+def test_view_of_a_stack():
+    stacked = th.nn.Module()
+    stacked.weight = th.nn.Parameter(th.randn(3, 4, 5))
+    stacked.bias = th.nn.Parameter(th.randn(3, 4), requires_grad=False)
+    view = view_of(stacked, 1, th.nn.Linear(5, 4))
+    x = th.randn(2, 5)
+    th.testing.assert_close(view(x), x @ stacked.weight[1].T + stacked.bias[1])
+    assert not view.bias.requires_grad
+    view.weight.data.zero_()
+    assert (stacked.weight[1] == 0).all()
