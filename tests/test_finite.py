@@ -209,9 +209,9 @@ def test_parameters_are_finite_after_the_last_update():
     class Break(BaseCallback):
         def _on_step(self):
             with th.no_grad():
-                model.critic.qf1[1].weight[0, 0] = INF
+                model.critic.q_networks[1][1].weight[0, 0] = INF
             return True
 
     # too late for a loss to show it
-    with pytest.raises(ValueError, match=r"parameter critic.qf1.1.weight is not finite at step 3: training stopped"):
+    with pytest.raises(ValueError, match=r"parameter critic.layers.0.weight is not finite at step 3: training stopped"):
         model.learn(3, Break())
