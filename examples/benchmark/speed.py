@@ -7,8 +7,8 @@ How fast SoftQ trains and acts, beside its peers and a plain port of soft Q-lear
 - table: all algorithms live in one process and take turns at ``learn()``, 50 steps each, at one and two torch threads; each
   round starts with another one. Steps per second are medians over the rounds; a ratio is formed within each round, and its
   median is shown. The time of an update is that of ``train()`` alone, without the profiler. The time in matmuls is
-  torch.profiler's, which slows only what lies between them; medians of three. Each matmul is then computed again by itself, operands warm, the
-  best of nine chunks by either library: that is the peak, of which shares are given.
+  torch.profiler's, which slows only what lies between them; medians of three. Each matmul is then computed again by itself,
+  operands warm, the best of nine chunks by either library: that is the peak, of which shares are given.
 - growth: one thread, SoftQ with its defaults except for one number, an environment that costs nothing, a full replay buffer.
   ``growth`` is the ratio to the first point, ``exponent`` the local one since the point before. With several environments the
   time is that of one step of all, with an update for each. Memory is the peak of a fresh process per point.
