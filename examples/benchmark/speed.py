@@ -22,6 +22,7 @@ Results are in the README of this folder.
 """
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import sys
@@ -54,17 +55,19 @@ from torch import nn
 
 from sb3_softq import SQL_2017, SoftQ
 
-try:
-    import sbx
-except ImportError:
-    sbx = None  # type: ignore[assignment]
-try:
-    import onnxruntime
 
+def optional_module(name: str) -> Any:
+    """A module, or None where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+sbx, onnxruntime = optional_module("sbx"), optional_module("onnxruntime")
+if onnxruntime is not None:
     sys.path.append(str(Path(__file__).parents[1]))
     from export_onnx import export
-except ImportError:
-    onnxruntime = None
 
 
 ENV_ID = "Walker2d-v4"
