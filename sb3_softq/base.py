@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from collections import defaultdict
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch as th
@@ -177,9 +178,9 @@ class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if not stats:
             return
-        values = th.stack([value for steps in stats.values() for value in steps])
-        means = [float(part.mean()) for part in values.cpu().split([len(steps) for steps in stats.values()])]
-        for key, value in zip(stats, means, strict=True):
+        values = iter(th.stack([value for steps in stats.values() for value in steps]).tolist())
+        for key, steps in stats.items():
+            value = sum(islice(values, len(steps))) / len(steps)
             if not math.isfinite(value):
                 raise ValueError(
                     f"{key} became {value} after {self._n_updates} updates, at step {self.num_timesteps}: training stopped. "
