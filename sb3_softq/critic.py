@@ -188,6 +188,8 @@ class ParticleCritic(Freezable, BaseModel):
         with th.set_grad_enabled(th.is_grad_enabled() and not weights_are_fixed):
             # Observations may lie far from zero: folded into the bias, their mean would take their digits along
             layers = [layer.fold(subtract_first=depth == 0) for depth, layer in enumerate(self.layers)]
+        if weights_are_fixed:
+            layers = [layer.detach() for layer in layers]
         return particle_forward(layers, self.activate, features, actions).squeeze(-1)
 
     def joint_q_values(

@@ -51,6 +51,10 @@ class Affine(NamedTuple):
     bias: th.Tensor
     mean: th.Tensor | None = None
 
+    def detach(self) -> "Affine":
+        """The same layer as constants."""
+        return Affine(self.weight.detach(), self.bias.detach(), None if self.mean is None else self.mean.detach())
+
 
 def particle_forward(
     layers: Sequence[Affine],

@@ -161,6 +161,23 @@ def test_observations_far_from_zero_keep_their_digits(mean, std, n_particles):
     assert (result - exact).abs().max() < 2 * (unfolded - exact).abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_fixed_weights_need_no_gradient(batch_norm):
+    """The same Q and gradient to the actions; the weights are no part of the graph."""
+    critic = small(tau=1.0 if batch_norm else 0.005, policy_kwargs=dict(batch_norm=batch_norm)).critic
+    features = critic.features(th.randn(6, 3))
+    gradients = []
+    for fixed in (False, True):
+        actions = th.linspace(-0.9, 0.9, 24).view(6, 4, 1).requires_grad_(True)
+        q_values = critic.q_values(features, actions, weights_are_fixed=fixed)
+        (gradient,) = th.autograd.grad(q_values.sum(), actions, retain_graph=True)
+        gradients.append(gradient)
+        weights = [parameter for name, parameter in critic.named_parameters() if name.startswith("layers.")]
+        reached = th.autograd.grad(q_values.sum(), weights, allow_unused=True)
+        assert fixed == all(value is None for value in reached)
+    th.testing.assert_close(*gradients)
+
+
 # ---------------------------------------------------------------------- the critics as networks of their own
 
 
