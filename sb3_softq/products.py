@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch as th
+from torch import library
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -98,7 +99,7 @@ def _dense(factor: th.Tensor) -> th.Tensor:
 
 
 # For the compiler it is an operator that it knows nothing of: that of torch it takes for constant weights alone
-_LIBRARY = th.library.Library("sb3_softq", "DEF")
+_LIBRARY = library.Library("sb3_softq", "DEF")
 _LIBRARY.define("onednn_product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
 _LIBRARY.impl("onednn_product", _multiply, "CPU")
 
@@ -107,4 +108,4 @@ def _shape_of_product(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None)
     return left.new_empty(*left.shape[:-1], right.shape[-1])
 
 
-th.library.register_fake("sb3_softq::onednn_product", _shape_of_product, lib=_LIBRARY)
+library.register_fake("sb3_softq::onednn_product", _shape_of_product, lib=_LIBRARY)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch as th
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sb3_softq import products
@@ -111,6 +111,7 @@ def test_compiled(monkeypatch):
         th.testing.assert_close(*gradients)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 3))
 def test_shapes(n_rows, n, n_columns, n_networks):
     networks = (n_networks,) if n_networks else ()
