@@ -25,7 +25,10 @@ SMOOTHINGS: tuple[Smoothing, ...] = ("learned", "local", "none")
 LOG_STD_MIN = -5.0
 LOG_STD_MAX = 1.0
 HEAD_ARCH = (64, 64)
-# Fixed particles of the deterministic action
+N_EXPERTS = 16
+# Standard deviation of the noise of one of several experts, whose centres have the rest of a variance of 1
+EXPERT_STD = 0.5
+# Fixed particles of the deterministic action, at least
 N_FIXED_PARTICLES = 32
 # Particles that smoothing="local" draws to smooth one action
 N_NEIGHBOURS = 8
@@ -33,11 +36,16 @@ N_NEIGHBOURS = 8
 
 class SamplingActor(Freezable, BasePolicy):
     """
-    Sampler u = c + sigma * eps with c = xi + shift(s, xi), sigma = sigma(s, xi) and noise xi, eps ~ N(0, I_d); a = tanh(u).
+    Mixture of experts (Jacobs et al. 1991, https://doi.org/10.1162/neco.1991.3.1.79) whose experts are samplers: an expert z
+    with the probability that the gate gives it in the state, then u = c + sigma * eps with c = xi + shift(s, xi, z),
+    sigma = sigma(s, xi, z) and noise xi ~ N(centre_z, I_d / 4), eps ~ N(0, I_d); a = tanh(u). A single expert has noise
+    xi ~ N(0, I_d), and so have all of them together.
 
-    xi chooses where to act (several modes if need be), eps smooths each choice. Because the last step is Gaussian,
-    K draws of xi give a density that can be evaluated, see :func:`sb3_softq.soft_value.mixture_log_prob`.
-    Its initialisation is wide (``shift`` is small at first), so that the modes to be covered are there to be found.
+    The expert and xi choose where to act (several modes if need be), eps smooths each choice. The gate sets how much each
+    mode weighs, which no local move of an action can. Because the last step is Gaussian, K draws of (z, xi) give a density
+    that can be evaluated, see :func:`sb3_softq.soft_value.mixture_log_prob`.
+    Its initialisation is wide (``shift`` is small at first, all experts weigh the same), so that the modes to be covered are
+    there to be found. "Noise" below is xi and, where there are several experts, the one-hot vector of z after it.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -48,13 +56,15 @@ class SamplingActor(Freezable, BasePolicy):
     :param smoothing: Where sigma comes from: ``"learned"`` by the network, ``"local"`` from the distance to the nearest
         other particle, or ``"none"``: actions are the raw particles c (then ``"local"`` is used where a density is asked for)
     :param log_std_init: Initial log standard deviation of the learned smoothing
-    :param head_arch: Hidden layers that xi passes through, after those of ``net_arch``, which see the state alone: many
+    :param head_arch: Hidden layers that the noise passes through, after those of ``net_arch``, which see the state alone: many
         particles of a state cost little more than one
+    :param n_experts: Number of experts; 1 is a single sampler, without a gate
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
     """
 
     action_space: spaces.Box
     xi_bank: th.Tensor
+    expert_noise: th.Tensor
 
     def __init__(
         self,
@@ -67,6 +77,7 @@ class SamplingActor(Freezable, BasePolicy):
         smoothing: Smoothing = "learned",
         log_std_init: float = -1.2,
         head_arch: Sequence[int] = HEAD_ARCH,
+        n_experts: int = N_EXPERTS,
         normalize_images: bool = True,
     ):
         super().__init__(
@@ -82,27 +93,41 @@ class SamplingActor(Freezable, BasePolicy):
         self.smoothing = smoothing
         self.log_std_init = log_std_init
         self.head_arch = list(head_arch)
+        self.n_experts = n_experts
 
         self.action_dim = get_action_dim(action_space)
         n_outputs = 2 if smoothing == "learned" else 1
         self.trunk = nn.Sequential(*create_mlp(features_dim, -1, net_arch, activation_fn))
         trunk_dim = net_arch[-1] if net_arch else features_dim
+        noise_dim = self.action_dim + (n_experts if n_experts > 1 else 0)
         self.head = nn.Sequential(
-            *create_mlp(trunk_dim + self.action_dim, n_outputs * self.action_dim, self.head_arch, activation_fn)
+            *create_mlp(trunk_dim + noise_dim, n_outputs * self.action_dim, self.head_arch, activation_fn)
         )
         if self.head_arch:
             # The noise as strong as it would be alone, and its kinks spread over its range
             first, bound = self.head[0], 1.0 / math.sqrt(self.action_dim)
             assert isinstance(first, nn.Linear)
             with th.no_grad():
-                first.weight[:, -self.action_dim :].uniform_(-bound, bound)
+                first.weight[:, -noise_dim:].uniform_(-bound, bound)
                 first.bias.uniform_(-bound, bound)
-        # A constant, not a weight: the deterministic action is a function of observation and weights alone
-        sobol = th.quasirandom.SobolEngine(self.action_dim, scramble=True, seed=0).draw(N_FIXED_PARTICLES)
-        xi_bank = th.special.ndtri(sobol.clamp(1e-4, 1 - 1e-4))
-        # where the deterministic action starts
-        xi_bank[0] = 0.0
-        self.register_buffer("xi_bank", xi_bank, persistent=False)
+        # Constants, not weights. Noise of each expert, without what is random in it
+        expert_noise = th.zeros(n_experts, noise_dim)
+        self.gate = None
+        if n_experts > 1:
+            self.gate = nn.Linear(trunk_dim, n_experts)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
+            centres = _normal_quantiles(n_experts, self.action_dim, seed=1)
+            # as many points have not the mean and the variance of all
+            centres = (centres - centres.mean(dim=0)) / centres.std(dim=0, correction=0)
+            expert_noise = th.cat([centres * math.sqrt(1.0 - EXPERT_STD**2), th.eye(n_experts)], dim=1)
+        self.register_buffer("expert_noise", expert_noise, persistent=False)
+        # The deterministic action is a function of observation and weights alone: of each expert as many particles, the first
+        # of them without noise
+        n_fixed = n_experts * math.ceil(N_FIXED_PARTICLES / n_experts)
+        xi_bank = _normal_quantiles(n_fixed, self.action_dim, seed=0)
+        xi_bank[:n_experts] = 0.0
+        self.register_buffer("xi_bank", self._noise(th.arange(n_fixed) % n_experts, xi_bank), persistent=False)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -114,6 +139,7 @@ class SamplingActor(Freezable, BasePolicy):
                 smoothing=self.smoothing,
                 log_std_init=self.log_std_init,
                 head_arch=self.head_arch,
+                n_experts=self.n_experts,
                 features_extractor=self.features_extractor,
             )
         )
@@ -124,9 +150,17 @@ class SamplingActor(Freezable, BasePolicy):
         saved = th.load(path, map_location=get_device(device), weights_only=False)
         # release 0.1.0 saved two constants
         data = {name: value for name, value in saved["data"].items() if name not in ("n_bank", "n_neighbours")}
+        # and had one expert
+        data = {"n_experts": 1} | data
         actor = cls(**data)
         actor.load_state_dict(saved["state_dict"])
         return actor.to(get_device(device))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # actors that release 0.1.0 pickled
+        if "n_experts" not in state:
+            self.n_experts, self.gate = 1, None
 
     def features(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -137,21 +171,22 @@ class SamplingActor(Freezable, BasePolicy):
         """
         return self.trunk(self.extract_features(obs, self.features_extractor))
 
-    def particles(self, features: th.Tensor, xi: th.Tensor, n_constant: int = 0) -> tuple[th.Tensor, th.Tensor]:
+    def particles(self, features: th.Tensor, noise: th.Tensor, n_constant: int = 0) -> tuple[th.Tensor, th.Tensor]:
         """
         Components of the policy's density: one Gaussian over the pre-tanh action per noise vector.
 
         :param features: Of the states, see :meth:`features`
-        :param xi: Noise, shape (batch_size, n_particles, action_dim), or (1, ...) of the same for all states
+        :param noise: Shape (batch_size, n_particles, noise_dim), or (1, ...) of the same for all states
         :param n_constant: The first ``n_constant`` particles come without gradient, which saves their backward pass
         :return: Component means and log standard deviations, shapes (batch_size, n_particles, action_dim)
         """
         layers = affine_layers(self.head)
-        output = particle_forward(layers, self._activate_head, features, xi[:, n_constant:])
+        output = particle_forward(layers, self._activate_head, features, noise[:, n_constant:])
         if n_constant > 0:
             with th.no_grad():
-                constant = particle_forward(layers, self._activate_head, features, xi[:, :n_constant])
+                constant = particle_forward(layers, self._activate_head, features, noise[:, :n_constant])
             output = th.cat([constant, output], dim=1)
+        xi = noise[..., : self.action_dim]
         if self.smoothing != "learned":
             mean = xi + output
             return mean, local_log_std(mean.detach())
@@ -163,49 +198,98 @@ class SamplingActor(Freezable, BasePolicy):
     def _activate_head(self, depth: int, hidden: th.Tensor) -> th.Tensor:
         return activate(self.head[2 * depth + 1], hidden)
 
-    def with_further_particles(
-        self, features: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_particles: int
-    ) -> tuple[th.Tensor, th.Tensor]:
+    def gate_log_probs(self, features: th.Tensor) -> th.Tensor:
         """
         :param features: Of the states, see :meth:`features`
-        :param mean: Component means, shape (batch_size, K, action_dim)
-        :param log_std: Log standard deviations, same shape
-        :param n_particles: How many components are drawn besides
-        :return: All K + ``n_particles`` of them
+        :return: Log-probabilities of the experts, shape (batch_size, n_experts)
         """
-        if n_particles == 0:
-            return mean, log_std
-        further = self.particles(features, self.noise(len(features), n_particles))
-        return th.cat([mean, further[0]], dim=1), th.cat([log_std, further[1]], dim=1)
+        if self.gate is None:
+            return features.new_zeros(len(features), 1)
+        return th.log_softmax(self.gate(features).float(), dim=1)
 
-    def noise(self, batch_size: int, n_particles: int) -> th.Tensor:
+    def log_weights(self, features: th.Tensor, experts: th.Tensor) -> th.Tensor:
         """
+        :param features: Of the states, see :meth:`features`
+        :param experts: Numbers of experts, shape (batch_size, n_particles)
+        :return: Their log-probabilities, same shape
+        """
+        log_probs = self.gate_log_probs(features)
+        if self.gate is None:
+            return log_probs.expand_as(experts)
+        # not gather, whose gradient has no deterministic implementation on CUDA
+        one_hot = self.expert_noise[:, self.action_dim :][experts]
+        return (one_hot * log_probs.unsqueeze(1)).sum(dim=2)
+
+    def spread_experts(self, batch_size: int, n_particles: int) -> th.Tensor:
+        """
+        Experts in turn, from a random one on: what teaches them. One that weighs little learns as much as the others, and can
+        come to weigh more.
+
         :param batch_size: Number of states
         :param n_particles: Number of particles per state
-        :return: Standard normal noise, shape (batch_size, n_particles, action_dim)
+        :return: Numbers of the experts, shape (batch_size, n_particles)
         """
-        return th.randn(batch_size, n_particles, self.action_dim, device=self.device)
+        if self.gate is None:
+            return th.zeros(batch_size, n_particles, dtype=th.long, device=self.device)
+        first = th.randint(self.n_experts, (batch_size, 1), device=self.device)
+        return (first + th.arange(n_particles, device=self.device)) % self.n_experts
 
-    def components(self, features: th.Tensor, n_components: int) -> tuple[th.Tensor, th.Tensor]:
+    def draw_experts(self, features: th.Tensor, n_particles: int, stratified: bool = False) -> th.Tensor:
         """
-        Independent draws of a component of the policy's density, as :meth:`sample` uses them.
+        Experts by the gate's probabilities.
+
+        :param features: Of the states, see :meth:`features`
+        :param n_particles: Number of particles per state
+        :param stratified: Whether each has its own part of the cumulative distribution, or all are independent
+        :return: Numbers of the experts, shape (batch_size, n_particles)
+        """
+        if self.gate is None:
+            return th.zeros(len(features), n_particles, dtype=th.long, device=self.device)
+        probs = th.softmax(self.gate(features).float(), dim=1)
+        if not stratified:
+            return probs.multinomial(n_particles, replacement=True)
+        strata = th.arange(n_particles, device=self.device)
+        position = (th.rand(len(features), n_particles, device=self.device) + strata) / n_particles
+        # a product, for cumsum has no deterministic implementation on CUDA
+        cumulative = probs @ th.ones(self.n_experts, self.n_experts - 1, device=self.device).triu()
+        return (position.unsqueeze(2) > cumulative.unsqueeze(1)).sum(dim=2)
+
+    def noise(self, experts: th.Tensor) -> th.Tensor:
+        """
+        :param experts: Numbers of the experts, shape (batch_size, n_particles)
+        :return: Noise for them, shape (batch_size, n_particles, noise_dim)
+        """
+        return self._noise(experts, th.randn(*experts.shape, self.action_dim, device=experts.device))
+
+    def _noise(self, experts: th.Tensor, normal: th.Tensor) -> th.Tensor:
+        """Noise of the experts, from standard normal one of shape (..., action_dim)."""
+        if self.gate is None:
+            return normal
+        noise = self.expert_noise[experts]
+        noise[..., : self.action_dim].add_(normal, alpha=EXPERT_STD)
+        return noise
+
+    def components(self, features: th.Tensor, n_components: int, stratified: bool = False) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Draws of a component of the policy's density, as :meth:`sample` uses them.
 
         :param features: Of the states, see :meth:`features`
         :param n_components: Number of components per state
+        :param stratified: Whether their experts are stratified, or all independent; see :meth:`draw_experts`
         :return: Component means and log standard deviations, shapes (batch_size, n_components, action_dim)
         """
         if self.smoothing != "local":
-            return self.particles(features, self.noise(len(features), n_components))
+            return self.particles(features, self.noise(self.draw_experts(features, n_components, stratified)))
         # Bandwidths depend on the neighbours: a fresh handful for each component, of which the first is used
         features = features.repeat_interleave(n_components, dim=0)
-        mean, log_std = self.particles(features, self.noise(len(features), N_NEIGHBOURS))
+        mean, log_std = self.particles(features, self.noise(self.draw_experts(features, N_NEIGHBOURS)))
         shape = (-1, n_components, self.action_dim)
         return mean[:, 0].reshape(shape), log_std[:, 0].reshape(shape)
 
     @th.no_grad()
     def propose(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
         """
-        Particles of the soft value, stratified: one from each of ``n_particles`` components, with the density of all of them.
+        Particles of the soft value: one from each of ``n_particles`` components, with the density of all of them.
 
         :param obs: Observations
         :param n_particles: Number of particles per observation
@@ -213,7 +297,7 @@ class SamplingActor(Freezable, BasePolicy):
             shape (batch_size, n_particles)
         """
         features = self.features(obs)
-        mean, log_std = self.particles(features, self.noise(len(features), n_particles))
+        mean, log_std = self.particles(features, self.noise(self.draw_experts(features, n_particles)))
         u = mean + th.exp(log_std) * th.randn_like(mean)
         return u, mixture_log_prob(u, mean, log_std) - tanh_log_det(u)
 
@@ -233,16 +317,21 @@ class SamplingActor(Freezable, BasePolicy):
 
     def mode(self, obs: PyTorchObs) -> th.Tensor:
         """
-        Deterministic action: the particle of no noise, moved by one step of mean-shift over a fixed bank of particles.
-        Close to the mean where there is one mode, and to one of the modes where there are several. Among the candidates
-        of ``examples/benchmark/deterministic.py`` it was nowhere far from the best.
+        Deterministic action: the particle of no noise of the expert that weighs most, moved by mean-shift over a fixed bank of
+        particles. Close to the mean where there is one mode, and to one of the modes where there are several. Among the
+        candidates of ``examples/benchmark/deterministic.py`` it was nowhere far from the best.
 
         :param obs: Observations
         :return: Pre-tanh actions, shape (batch_size, action_dim)
         """
         features = self.features(obs)
         mean, log_std = self.particles(features, self.xi_bank.unsqueeze(0))
-        return mixture_mode(mean[:, 0], mean, log_std)
+        if self.gate is None:
+            return mixture_mode(mean[:, 0], mean, log_std)
+        log_weights = self.gate(features)
+        heaviest = log_weights.argmax(dim=1)[:, None, None].expand(-1, 1, self.action_dim)
+        log_weights = log_weights.repeat(1, len(self.xi_bank) // self.n_experts)
+        return mixture_mode(mean.gather(1, heaviest).squeeze(1), mean, log_std, log_weights)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         u = self.mode(obs) if deterministic else self.sample(obs).squeeze(1)
@@ -250,6 +339,12 @@ class SamplingActor(Freezable, BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self(observation, deterministic)
+
+
+def _normal_quantiles(n: int, action_dim: int, seed: int) -> th.Tensor:
+    """n points of low discrepancy for the standard normal distribution, shape (n, action_dim)."""
+    sobol = th.quasirandom.SobolEngine(action_dim, scramble=True, seed=seed).draw(n)
+    return th.special.ndtri(sobol.clamp(1e-4, 1 - 1e-4))
 
 
 def entropy_bounds(action_dim: int, smoothing: Smoothing) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 # Factor of the temperature at the start. It falls to 1 within a part of training, or a number of updates if that is less:
 # exploration of a long run is not its business.
 FACTOR = 20.0
-PART_OF_TRAINING = 2 / 3
+PART_OF_TRAINING = 1 / 3
 N_UPDATES = 10_000
 
 

@@ -188,6 +188,7 @@ _ACTOR_ARGUMENTS = (
     "smoothing",
     "log_std_init",
     "head_arch",
+    "n_experts",
     "features_extractor_class",
     "features_extractor_kwargs",
     "normalize_images",

@@ -14,9 +14,11 @@ from stable_baselines3.common.torch_layers import (
     get_actor_critic_arch,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import get_device
 from torch import nn
+from typing_extensions import Self
 
-from sb3_softq.actor import HEAD_ARCH, SMOOTHINGS, SamplingActor, Smoothing
+from sb3_softq.actor import HEAD_ARCH, N_EXPERTS, SMOOTHINGS, SamplingActor, Smoothing
 from sb3_softq.checks import check_flag, check_integer, check_net_arch, check_number, check_type
 from sb3_softq.critic import ParticleCritic
 from sb3_softq.networks import polyak_update
@@ -47,6 +49,7 @@ class SoftQPolicy(BasePolicy):
     :param smoothing: Where the smoothing of the actor's particles comes from, see :class:`SamplingActor`
     :param log_std_init: Initial log standard deviation of the learned smoothing
     :param head_arch: Hidden layers of the actor that the noise passes through, see :class:`SamplingActor`
+    :param n_experts: Number of experts of the actor, at least 1, see :class:`SamplingActor`
     :param features_extractor_class: Features extractor to use.
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor.
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
@@ -76,6 +79,7 @@ class SoftQPolicy(BasePolicy):
         smoothing: Smoothing = "learned",
         log_std_init: float = -1.2,
         head_arch: Sequence[int] = HEAD_ARCH,
+        n_experts: int = N_EXPERTS,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -98,6 +102,7 @@ class SoftQPolicy(BasePolicy):
         if smoothing not in SMOOTHINGS:
             raise ValueError(f"smoothing={smoothing!r} is not known, it must be one of {', '.join(SMOOTHINGS)}")
         check_integer("n_critics", n_critics, 1)
+        check_integer("n_experts", n_experts, 1)
         check_number("log_std_init", log_std_init)
         check_flag("batch_norm", batch_norm)
         check_type("optimizer_kwargs", optimizer_kwargs, (dict,), "a dict")
@@ -109,6 +114,7 @@ class SoftQPolicy(BasePolicy):
         self.smoothing = smoothing
         self.log_std_init = log_std_init
         self.head_arch = list(head_arch)
+        self.n_experts = n_experts
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
         self.batch_norm = batch_norm
@@ -150,6 +156,7 @@ class SoftQPolicy(BasePolicy):
                 smoothing=self.smoothing,
                 log_std_init=self.log_std_init,
                 head_arch=self.head_arch,
+                n_experts=self.n_experts,
                 n_critics=self.n_critics,
                 lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
                 optimizer_class=self.optimizer_class,
@@ -175,9 +182,8 @@ class SoftQPolicy(BasePolicy):
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> SamplingActor:
         arch, _ = get_actor_critic_arch(self.net_arch)
         net_kwargs = self._net_kwargs(arch, features_extractor)
-        return SamplingActor(
-            **net_kwargs, smoothing=self.smoothing, log_std_init=self.log_std_init, head_arch=self.head_arch
-        ).to(self.device)
+        own = ("smoothing", "log_std_init", "head_arch", "n_experts")
+        return SamplingActor(**net_kwargs, **{name: getattr(self, name) for name in own}).to(self.device)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> ParticleCritic:
         _, arch = get_actor_critic_arch(self.net_arch)
@@ -314,6 +320,14 @@ class SoftQPolicy(BasePolicy):
             self.n_averaged = MATURE
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    @classmethod
+    def load(cls, path: str, device: th.device | str = "auto") -> Self:
+        saved = th.load(path, map_location=get_device(device), weights_only=False)
+        # the actor of release 0.1.0 was a single sampler
+        policy = cls(**{"n_experts": 1} | saved["data"])
+        policy.load_state_dict(saved["state_dict"])
+        return policy.to(get_device(device))
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         result = super().load_state_dict(state_dict, strict, assign)
         if any(key.startswith(("ema_actor.", "averaged_actor.")) for key in state_dict):
@@ -333,6 +347,7 @@ class SoftQPolicy(BasePolicy):
         self._ema_version = self._actor_version()
         # they did not have these
         self.__dict__.setdefault("n_averaged", MATURE)
+        self.__dict__.setdefault("n_experts", 1)
         self.register_buffer("_ema_bias", self._output_bias().clone(), persistent=False)
         self.ema_actor.freeze()
         if self.critic_target is not None:

@@ -11,7 +11,7 @@ from sb3_softq.actor import SamplingActor
 from sb3_softq.checks import check_integer
 from sb3_softq.critic import ParticleCritic, min_q_values
 from sb3_softq.observations import batch_size, rows
-from sb3_softq.soft_value import mixture_log_prob, soft_value, tanh_log_det
+from sb3_softq.soft_value import defensive_proposal, effective_sample_size, mixture_log_prob, soft_value, tanh_log_det
 
 if TYPE_CHECKING:
     from sb3_softq.policies import SoftQPolicy
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Observations = np.ndarray | dict[str, np.ndarray]
 # Particles of the estimates that a user asks for, where accuracy counts more than speed
 N_QUERY_PARTICLES = 256
+N_VALUE_PARTICLES = 1024
 
 
 class Queries:
@@ -42,17 +43,6 @@ class Queries:
     def averaged_actor(self) -> SamplingActor:
         """:attr:`ema_actor` by its name in release 0.1.0."""
         return self.policy.ema_actor
-
-    def propose(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Particles of the soft value.
-
-        :param obs: Observations
-        :param n_particles: Number of particles per observation
-        :return: Pre-tanh actions, shape (batch_size, n_particles, action_dim), and the proposal's log-density over the
-            normalised box, shape (batch_size, n_particles)
-        """
-        return self.ema_actor.propose(obs, n_particles)
 
     def sample_actions(self, obs: Observations, n: int) -> np.ndarray:
         """
@@ -128,27 +118,35 @@ class Queries:
             q_values = self.critic.q_values(self.critic.features(obs_tensor), a).amin(dim=0)
         return self._answer(q_values, vectorized, squeeze)
 
-    def soft_value(self, obs: Observations, n_particles: int = N_QUERY_PARTICLES) -> np.ndarray:
+    def soft_value(
+        self, obs: Observations, n_particles: int = N_VALUE_PARTICLES, return_sample_size: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """
         Soft value V(s) = alpha log integral exp(Q(s, a) / alpha) da over the environment's action box, estimated from
-        particles of the configured proposal. With it log pi = (Q - V) / alpha holds between :meth:`log_prob`,
+        particles of the policy, of a wider policy and of the whole box, so that what the policy misses counts too
+        (:func:`sb3_softq.soft_value.defensive_proposal`). With it log pi = (Q - V) / alpha holds between :meth:`log_prob`,
         :meth:`q_values` and this method, as far as the policy has converged. (Training uses the normalised box (-1, 1)^d,
         which shifts V by the constant alpha sum_i log((high_i - low_i) / 2), zero for bounds of -1 and 1.)
 
         :param obs: One observation or a batch
         :param n_particles: Number of particles in the estimate, a lower bound in expectation that tightens with it
-        :return: Shape (batch_size,)
+        :param return_sample_size: Whether to return the effective sample size too, from 1 to ``n_particles``: how many
+            particles carry the estimate. Below a tenth of ``n_particles`` it is a rough one
+        :return: Shape (batch_size,), or a pair of that shape
         """
         check_integer("n_particles", n_particles, 1)
         obs_tensor, vectorized = self._query(obs)
         ent_coef = self.ent_coef_tensor
-        values = []
+        values, sample_sizes = [], []
         with th.no_grad():
             for i in range(batch_size(obs_tensor)):
                 row = rows(obs_tensor, slice(i, i + 1))
-                u, log_prob_a = self.propose(row, n_particles)
-                values.append(soft_value(min_q_values(self.critic, row, u), log_prob_a, ent_coef))
-        return self._answer(th.cat(values) + ent_coef * self._log_scale, vectorized)
+                u, log_prob_a = defensive_proposal(*self._density(row, -(-n_particles // 2)), n_particles)
+                q_values = min_q_values(self.critic, row, u)
+                values.append(soft_value(q_values, log_prob_a, ent_coef))
+                sample_sizes.append(effective_sample_size(q_values, log_prob_a, ent_coef))
+        value = self._answer(th.cat(values) + ent_coef * self._log_scale, vectorized)
+        return (value, self._answer(th.cat(sample_sizes), vectorized)) if return_sample_size else value
 
     def _query(self, obs: Observations) -> tuple[PyTorchObs, bool]:
         """Observations on the device, and whether they came as a batch; networks in evaluation mode."""
@@ -158,7 +156,7 @@ class Queries:
     def _density(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
         """Components of the policy's density, shapes (batch_size, n_particles, action_dim)."""
         features = self.ema_actor.features(obs)
-        return self.ema_actor.components(features, n_particles)
+        return self.ema_actor.components(features, n_particles, stratified=True)
 
     def _actions_to_tensor(self, actions: np.ndarray, batch_size: int, vectorized: bool) -> tuple[th.Tensor, bool]:
         """Normalised actions, shape (batch_size, n, action_dim), and whether n was left out."""

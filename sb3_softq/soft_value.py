@@ -50,19 +50,22 @@ def uniform_proposal(n_states: int, n_particles: int, action_dim: int, device: t
     return u, th.full_like(u[..., 0], uniform_log_prob(action_dim))
 
 
-def mixture_log_prob(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> th.Tensor:
+def mixture_log_prob(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor, log_weights: th.Tensor | None = None) -> th.Tensor:
     """
-    Log-density of the sampler given K of its particles, q(u|s) = 1/K sum_k N(u; mean_k, diag(std_k^2)).
+    Log-density of the sampler given K of its particles, q(u|s) = sum_k w_k N(u; mean_k, diag(std_k^2)).
 
     :param u: Where to evaluate, shape (batch_size, n, action_dim)
     :param mean: Means of the K components, shape (batch_size, K, action_dim)
     :param log_std: Log standard deviations, same shape as ``mean``
+    :param log_weights: Log of the components' weights, which sum to 1, shape (batch_size, K); 1/K each by default
     :return: log q(u|s), shape (batch_size, n)
     """
-    return th.logsumexp(_components(u, mean, log_std)[0], dim=2)
+    return th.logsumexp(_components(u, mean, log_std, log_weights)[0], dim=2)
 
 
-def mixture_log_prob_and_score(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def mixture_log_prob_and_score(
+    u: th.Tensor, mean: th.Tensor, log_std: th.Tensor, log_weights: th.Tensor | None = None
+) -> tuple[th.Tensor, th.Tensor]:
     """
     :func:`mixture_log_prob` and its gradient with respect to u, sum_k r_k (mean_k - u) / std_k^2 with the
     responsibilities r_k of the components.
@@ -70,25 +73,30 @@ def mixture_log_prob_and_score(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor
     :param u: Where to evaluate, shape (batch_size, n, action_dim)
     :param mean: Means of the K components, shape (batch_size, K, action_dim)
     :param log_std: Log standard deviations, same shape as ``mean``
+    :param log_weights: Log of the components' weights, shape (batch_size, K); 1/K each by default
     :return: log q(u|s), shape (batch_size, n), and its gradient, same shape as ``u``
     """
-    log_components, z, inv_std = _components(u, mean, log_std)
+    log_components, z, inv_std = _components(u, mean, log_std, log_weights)
     log_prob = th.logsumexp(log_components, dim=2)
     responsibilities = th.exp(log_components - log_prob.unsqueeze(2)).unsqueeze(3)
     return log_prob, -(z.mul_(inv_std).mul_(responsibilities)).sum(dim=2)
 
 
-def _components(u: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-    """log (1/K N(u; mean_k, std_k^2)), shape (batch_size, n, K), and z = (u - mean_k) / std_k, 1 / std_k."""
+def _components(
+    u: th.Tensor, mean: th.Tensor, log_std: th.Tensor, log_weights: th.Tensor | None
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """log (w_k N(u; mean_k, std_k^2)), shape (batch_size, n, K), and z = (u - mean_k) / std_k, 1 / std_k."""
     inv_std = th.exp(-log_std).unsqueeze(1)
     # (batch_size, n, K, action_dim)
     z = (u.unsqueeze(2) - mean.unsqueeze(1)).mul_(inv_std)
-    # (batch_size, 1, K)
-    log_norm = log_std.sum(dim=-1).unsqueeze(1) + (0.5 * u.shape[-1] * math.log(2.0 * math.pi) + math.log(mean.shape[1]))
-    return -0.5 * z.square().sum(dim=-1) - log_norm, z, inv_std
+    log_norm = log_std.sum(dim=-1) + 0.5 * u.shape[-1] * math.log(2.0 * math.pi)
+    log_norm = log_norm + math.log(mean.shape[1]) if log_weights is None else log_norm - log_weights
+    return -0.5 * z.square().sum(dim=-1) - log_norm.unsqueeze(1), z, inv_std
 
 
-def mixture_mode(start: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_steps: int = 1) -> th.Tensor:
+def mixture_mode(
+    start: th.Tensor, mean: th.Tensor, log_std: th.Tensor, log_weights: th.Tensor | None = None, n_steps: int = 1
+) -> th.Tensor:
     """
     Mean-shift towards a mode of the mixture of :func:`mixture_log_prob`, its EM fixed point
 
@@ -99,6 +107,7 @@ def mixture_mode(start: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_steps:
     :param start: Where to start, shape (batch_size, action_dim)
     :param mean: Component means, shape (batch_size, K, action_dim)
     :param log_std: Log standard deviations, same shape as ``mean``
+    :param log_weights: Log of the components' weights up to a constant, shape (batch_size, K); all the same by default
     :param n_steps: Number of steps
     :return: Shape (batch_size, action_dim)
     """
@@ -107,6 +116,8 @@ def mixture_mode(start: th.Tensor, mean: th.Tensor, log_std: th.Tensor, n_steps:
     u = start.unsqueeze(1)
     for _ in range(n_steps):
         log_components = 0.5 * (log_precision - (u - mean).square_().mul_(precision)).sum(dim=2)
+        if log_weights is not None:
+            log_components = log_components + log_weights
         weights = th.softmax(log_components, dim=1).unsqueeze(2) * precision
         u = (weights * mean).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
     return u.squeeze(1)
@@ -128,6 +139,38 @@ def local_log_std(mean: th.Tensor, scale: float = 0.7, std_min: float = LOCAL_ST
     nearest = distances.min(dim=2, keepdim=True).values
     std = (scale / math.sqrt(mean.shape[-1]) * nearest).clamp(std_min, std_max)
     return th.log(std).expand_as(mean)
+
+
+def defensive_proposal(mean: th.Tensor, log_std: th.Tensor, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Particles for estimates that must not miss what the sampler has missed, from a defensive mixture (Hesterberg 1995,
+    https://doi.org/10.1080/00401706.1995.10484303): half from the density that K components of the sampler make, a quarter
+    from the same with components 1 + 1 / sqrt(d) times as wide, a quarter uniform over the box. So the importance weights
+    of :func:`soft_value` are bounded wherever Q is.
+
+    :param mean: Means of the components, shape (batch_size, K, action_dim)
+    :param log_std: Log standard deviations, same shape
+    :param n_particles: Number of particles, at least 1
+    :return: Pre-tanh actions, shape (batch_size, n_particles, action_dim), and the mixture's log-density over the normalised
+        box, shape (batch_size, n_particles)
+    """
+    batch_size, n_components, action_dim = mean.shape
+    n_wide = n_uniform = n_particles // 4
+    n_own = n_particles - n_wide - n_uniform
+    wide = log_std + math.log1p(action_dim**-0.5)
+    # each component in turn, from a random one on: stratified
+    turn = (th.arange(n_own + n_wide, device=mean.device) + th.randint(n_components, (), device=mean.device)) % n_components
+    stds = th.exp(th.cat([log_std[:, turn[:n_own]], wide[:, turn[n_own:]]], dim=1))
+    u = mean[:, turn] + stds * th.randn_like(stds)
+    uniform, _ = uniform_proposal(batch_size, n_uniform, action_dim, mean.device)
+    u = th.cat([u, uniform], dim=1)
+    log_det = tanh_log_det(u)
+    parts = [
+        mixture_log_prob(u, mean, log_std) - log_det + math.log(n_own / n_particles),
+        mixture_log_prob(u, mean, wide) - log_det + math.log(max(n_wide / n_particles, 1e-30)),
+        th.full_like(log_det, uniform_log_prob(action_dim) + math.log(max(n_uniform / n_particles, 1e-30))),
+    ]
+    return u, th.logsumexp(th.stack(parts), dim=0)
 
 
 def soft_value(q_values: th.Tensor, log_prob_a: th.Tensor, ent_coef: th.Tensor | float) -> th.Tensor:

@@ -21,14 +21,15 @@ from sb3_softq.critic import ParticleCritic, min_q_values, with_stacked_optimize
 from sb3_softq.observations import batch_size, evenly_spaced
 from sb3_softq.optimization import LossAndStats, minimize
 from sb3_softq.options import ParticleOptions
+from sb3_softq.own_target import OwnTarget
 from sb3_softq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SoftQPolicy
 from sb3_softq.queries import Queries
 from sb3_softq.soft_value import effective_sample_size, mixture_log_prob_and_score, soft_value, tanh_log_det, uniform_proposal
 from sb3_softq.spaces import check_action_space
-from sb3_softq.stein import stein_direction, tanh_log_det_grad
+from sb3_softq.stein import birth_death_rates, stein_direction, tanh_log_det_grad, weighted_mean
 
 
-class SoftQ(Queries, MaximumEntropyAlgorithm):
+class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
     """
     Soft Q-learning (Haarnoja et al. 2017, https://arxiv.org/abs/1702.08165): a maximum-entropy agent
     pi(a|s) = exp((Q(s, a) - V(s)) / alpha) whose actor is a sampler, and therefore covers several modes.
@@ -99,6 +100,8 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
     actor: SamplingActor
     critic: ParticleCritic
     action_space: spaces.Box
+    # for agents of release 0.1.0, whose actor is a single sampler
+    has_experts = False
     floats = (*MaximumEntropyAlgorithm.floats, "actor_learning_rate")
     integers: ClassVar[dict[str, int]] = MaximumEntropyAlgorithm.integers | {
         "policy_delay": 1,
@@ -217,28 +220,10 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         return loss, stats
 
     def propose(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
+        """Particles of the soft value, and their log-density, as :meth:`SamplingActor.propose` has them."""
         if self.particle_options.proposal == "policy":
-            return super().propose(obs, n_particles)
+            return self.ema_actor.propose(obs, n_particles)
         return uniform_proposal(batch_size(obs), n_particles, self.actor.action_dim, self.device)
-
-    @property
-    def _has_target(self) -> bool:
-        """Whether the soft value is that of the target critics: not where critics with batch normalisation are their own."""
-        return not self.policy.batch_norm or self.tau < 1.0 or self.target_update_interval > 1
-
-    @property
-    def critic_target(self) -> ParticleCritic:  # type: ignore[override]
-        """Target networks: the critics themselves, where they are their own."""
-        return self.critic if self.policy.critic_target is None else self.policy.critic_target
-
-    def _build_target(self) -> None:
-        """Target networks where they are used: ``tau`` may change on the way."""
-        if self._has_target and self.policy.critic_target is None:
-            self.policy.build_target()
-
-    def _update_target(self) -> None:
-        if self._has_target:
-            super()._update_target()
 
     # ------------------------------------------------------------------ the actor's update
 
@@ -265,8 +250,12 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         # The critics' gradient is evaluated at the first particles, the last ones move: all of them do both, or two parts
         n_fixed = options.n_fixed_particles(n_particles)
         fixed, updated = slice(0, n_fixed or None), slice(n_fixed, None)
-        xi = actor.noise(len(features), n_particles)
-        mean, log_std = actor.particles(features, xi, n_constant=0 if learned else n_fixed)
+        # (batch_size, n_particles + n_density_particles)
+        experts = actor.spread_experts(len(features), n_particles + options.n_density_particles)
+        log_gate = actor.log_weights(features, experts)
+        log_weights = log_gate[:, :n_particles]
+        noise = actor.noise(experts[:, :n_particles])
+        mean, log_std = actor.particles(features, noise, n_constant=0 if learned else n_fixed)
         # (batch_size, n_particles, action_dim)
         offset = th.zeros_like(mean) if actor.smoothing == "none" else th.exp(log_std) * th.randn_like(mean)
         u = (mean + offset).detach()
@@ -274,12 +263,16 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         u_fixed = u[:, fixed].requires_grad_(True)
         q_values = min_q_values(self.critic, obs, u_fixed)
         (q_force,) = th.autograd.grad(q_values.sum(), u_fixed)
-        with th.no_grad():
+        components = mean, log_std
+        if options.n_density_particles > 0:
             # Further particles make the density true, and cost no evaluation of the critics
-            components = actor.with_further_particles(features, mean, log_std, options.n_density_particles)
+            with th.no_grad():
+                further = actor.particles(features, actor.noise(experts[:, n_particles:]))
+            components = th.cat([mean, further[0]], dim=1), th.cat([log_std, further[1]], dim=1)
         # bfloat16 has enough digits for the networks, not for densities and kernels
         with th.no_grad(), th.autocast(self.device.type, enabled=False):
-            log_prob, score = mixture_log_prob_and_score(u, *components)
+            log_prob, score = mixture_log_prob_and_score(u, *components, th.log_softmax(log_gate, dim=1))
+            log_prob_a = log_prob - tanh_log_det(u)
             kernel_force = q_force + ent_coef * tanh_log_det_grad(u[:, fixed])
             density_force = kernel_force - ent_coef * score[:, fixed]
             phi = stein_direction(
@@ -289,7 +282,6 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
                 kernel=options.kernel,
                 repulsion=0.0 if by_density else ent_coef,
             )
-            entropy = (tanh_log_det(u) - log_prob).mean()
             spread = (u - u.mean(dim=1, keepdim=True)).square().mean().sqrt()
 
         # The component means move together, through the kernel; how wide each component is, is its own business, the same
@@ -297,9 +289,12 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
         loss = -(phi * mean[:, updated]).sum(dim=2).mean()
         if learned:
             loss = loss - (density_force * offset[:, fixed]).sum(dim=2).mean() / density_force.shape[1]
+        if actor.gate is not None:
+            rates = birth_death_rates(q_values.detach(), log_prob_a[:, fixed], log_weights.detach()[:, fixed], ent_coef)
+            loss = loss - (rates * log_weights[:, fixed]).mean()
         return loss, {
-            "actor_q_value": q_values.detach().mean(),
-            "entropy": entropy,
+            "actor_q_value": weighted_mean(q_values.detach(), log_weights.detach()[:, fixed]),
+            "entropy": -weighted_mean(log_prob_a, log_weights.detach()),
             "particle_std": spread,
             "smoothing_std": log_std.detach().exp().mean(),
         }
@@ -307,11 +302,10 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
     def _annealing(self) -> float:
         """Factor of the temperature in the actor's step; a learned temperature anneals by itself."""
         annealing = self.particle_options.annealing
+        progress = self._current_progress_remaining
         if not isinstance(annealing, str):
-            return FloatSchedule(annealing)(self._current_progress_remaining)
-        if self.log_ent_coef is not None:
-            return 1.0
-        return self.annealing_clock.factor(self._current_progress_remaining, self._n_updates)
+            return FloatSchedule(annealing)(progress)
+        return 1.0 if self.log_ent_coef is not None else self.annealing_clock.factor(progress, self._n_updates)
 
     def _minimize(self, loss: Callable[..., LossAndStats], optimizer: th.optim.Optimizer, *args: Any) -> dict[str, th.Tensor]:
         """One step down a loss that is a method of this agent's class, in bfloat16 and compiled as configured."""
@@ -336,6 +330,9 @@ class SoftQ(Queries, MaximumEntropyAlgorithm):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         self.particle_options = ParticleOptions.adopt(self.__dict__)
+        self.has_experts = self.has_experts or not self._is_loaded
+        if not self.has_experts:
+            self.policy_kwargs = {"n_experts": 1} | self.policy_kwargs
         if self.actor_learning_rate is not None:
             check_learning_rate("actor_learning_rate", self.actor_learning_rate)
         check_number("actor_tau", self.actor_tau, 0.0, 1.0, open_low=True)

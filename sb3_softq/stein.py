@@ -90,3 +90,39 @@ def stein_direction(
     # grad_{u_j} k(u_j, u_i) = slope_ij (u_i - u_j), summed over j without a (batch_size, m, n, action_dim) tensor
     repel = slope.sum(dim=2, keepdim=True) * targets - slope @ particles
     return (k @ force + repulsion * repel) / n
+
+
+def birth_death_rates(
+    q_values: th.Tensor, log_prob_a: th.Tensor, log_weights: th.Tensor, ent_coef: th.Tensor, limit: float = 5.0
+) -> th.Tensor:
+    """
+    How fast the experts of a mixture q = sum_z w_z q_z gain and lose weight, since no move along a gradient carries
+    probability from one mode to another. The birth-death (Fisher-Rao) gradient flow of KL(q || exp(Q / alpha) / Z) is
+
+        d log w_z / dt = A_z - sum_y w_y A_y,    A_z = E_{a ~ q_z} [ Q(s, a) / alpha - log q_a(a|s) ]
+
+    (Lu et al. 2019, https://arxiv.org/abs/1905.09863). Multiplied by alpha, as all forces. It comes to rest where all experts
+    have the same A, and one of no weight that has found a new mode grows as fast as any.
+
+    :param q_values: Q of one particle from each of n experts, shape (batch_size, n)
+    :param log_prob_a: Log-density of the whole mixture at them, over the normalised action box, same shape
+    :param log_weights: Log of the experts' weights, same shape
+    :param ent_coef: Temperature alpha > 0
+    :param limit: Bound of a rate in units of alpha: an expert far from all that is good says nothing about the others
+    :return: Rates that sum to 0 over the experts, shape (batch_size, n)
+    """
+    advantages = q_values - ent_coef * log_prob_a
+    mean = (th.softmax(log_weights, dim=1) * advantages).sum(dim=1, keepdim=True)
+    rates = ((advantages - mean) / ent_coef).clamp(-limit, limit)
+    return ent_coef * (rates - rates.mean(dim=1, keepdim=True))
+
+
+def weighted_mean(values: th.Tensor, log_weights: th.Tensor) -> th.Tensor:
+    """
+    Mean over states and particles of a mixture, whose components came in turn and not as often as they weigh.
+
+    :param values: Of particles, shape (batch_size, n)
+    :param log_weights: Log of their components' weights, same shape
+    :return: Scalar
+    """
+    return th.softmax(log_weights.flatten(), dim=0) @ values.flatten()

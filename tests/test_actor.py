@@ -1,6 +1,7 @@
 """The sampling actor: its networks, which of the two is asked, and its deterministic action."""
 
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -59,3 +60,69 @@ def test_deterministic_action_is_a_function_of_observation_and_weights(smoothing
     alone = np.stack([model.predict(o, deterministic=True)[0] for o in obs])
     np.testing.assert_allclose(alone, actions, atol=1e-4)
     assert not np.array_equal(model.predict(obs)[0], model.predict(obs)[0])
+
+
+def test_experts_are_drawn_by_the_gate_and_taught_in_turn():
+    model = small()
+    actor, obs = model.actor, th.as_tensor(model.observation_space.sample()).expand(4_000, -1)
+    assert actor.n_experts == 16
+    with th.no_grad():
+        actor.gate.bias.copy_(th.linspace(-3, 3, 16))
+        features = actor.features(obs)
+        expected = actor.gate_log_probs(features)[0].exp()
+        for n_particles, stratified in ((5, False), (5, True), (1, True)):
+            drawn = actor.draw_experts(features, n_particles, stratified)
+            assert drawn.shape == (4_000, n_particles)
+            share = th.bincount(drawn.flatten(), minlength=16) / drawn.numel()
+            th.testing.assert_close(share, expected, atol=0.015, rtol=0)
+        # each expert as often as its weight says, rounded
+        drawn = actor.draw_experts(features, 256, stratified=True)
+        counts = th.stack([(drawn == z).sum(dim=1) for z in range(16)], dim=1)
+        assert (counts - 256 * expected).abs().max() < 2
+        # in the actor's update whatever they weigh
+        taught = actor.spread_experts(4_000, 20)
+    assert (taught[:, :16].sort(dim=1).values == th.arange(16)).all()
+    assert th.equal(taught[:, 16:], taught[:, :4])
+    assert len(taught[:, 0].unique()) == 16
+
+
+def test_noise_says_which_expert_it_is_of():
+    actor = small().actor
+    noise = actor.noise(th.arange(16).expand(20_000, -1))
+    assert th.equal(noise[..., actor.action_dim :], th.eye(16).expand(20_000, -1, -1))
+    xi = noise[..., : actor.action_dim]
+    th.testing.assert_close(xi.mean(dim=0), actor.expert_noise[:, : actor.action_dim], atol=0.02, rtol=0)
+    # of all of them together: wide, as that of a single sampler
+    assert xi.mean().item() == pytest.approx(0.0, abs=0.01)
+    assert xi.std().item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_single_expert_has_no_gate():
+    model = small(policy_kwargs={"n_experts": 1}).learn(30)
+    assert model.actor.gate is None
+    assert not any("gate" in name for name in model.policy.state_dict())
+    assert model.actor.noise(model.actor.spread_experts(2, 3)).shape == (2, 3, model.actor.action_dim)
+
+
+@pytest.mark.parametrize("n_experts", [1, 2, 7, 40])
+def test_any_number_of_experts_trains(n_experts):
+    model = small(policy_kwargs={"n_experts": n_experts})
+    check_training(model)
+    assert len(model.actor.xi_bank) == max(32, n_experts) if 32 % n_experts == 0 or n_experts > 32 else 35
+
+
+def test_the_gate_learns_which_expert_is_better():
+    """
+    Particles stay where the noise puts them, so what moves is weight alone: to experts that start where Q is high, but not all
+    of it to the best of them, since that one alone is a poor density.
+    """
+    model = small(ent_coef=1.0, learning_rate=0.01, annealing=1.0)
+    model.actor.head.requires_grad_(False)
+    with patch("sb3_softq.softq.min_q_values", lambda critic, obs, u: 4.0 * th.tanh(u)[..., 0]):
+        for _ in range(300):
+            model._minimize(type(model).actor_loss, model.actor.optimizer, th.zeros(64, 3), model.ent_coef_tensor)
+    with th.no_grad():
+        weights = model.actor.gate_log_probs(model.actor.features(th.zeros(1, 3)))[0].exp()
+    start = model.actor.expert_noise[:, 0]
+    assert weights[start > 0].sum() > 0.9
+    assert weights.max() < 0.9

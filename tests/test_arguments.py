@@ -202,6 +202,9 @@ def test_policy_kwargs_is_a_dict(value):
         ("n_critics", 0),
         ("n_critics", 1.5),
         ("n_critics", None),
+        ("n_experts", 0),
+        ("n_experts", 2.5),
+        ("n_experts", "16"),
         ("log_std_init", NAN),
         ("log_std_init", "small"),
         ("log_std_init", None),
@@ -352,6 +355,7 @@ ARGUMENTS = {
             optional={
                 "smoothing": names("learned", "local", "none"),
                 "n_critics": sizes,
+                "n_experts": sizes,
                 "log_std_init": numbers,
                 "head_arch": st.lists(sizes),
             },
@@ -388,7 +392,7 @@ def works_or_is_refused(make, kwargs, *more_names):
 @settings(deadline=None, max_examples=150)
 @given(some_of(ARGUMENTS))
 def test_a_working_agent_or_a_value_error(kwargs):
-    works_or_is_refused(tiny, kwargs, "n_critics", "log_std_init", "smoothing", "head_arch")
+    works_or_is_refused(tiny, kwargs, "n_critics", "n_experts", "log_std_init", "smoothing", "head_arch")
 
 
 DISCRETE_ARGUMENTS = {

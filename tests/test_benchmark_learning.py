@@ -196,7 +196,7 @@ OBSERVATIONS = th.randn(500, 3, generator=th.Generator().manual_seed(0))
 def test_variant_no_wide_initialisation(training_run, variant):
     def spread() -> float:
         actor = small_agent(training_run).actor
-        return actor.particles(actor.features(OBSERVATIONS), actor.noise(500, 4))[0].std().item()
+        return actor.particles(actor.features(OBSERVATIONS), actor.noise(actor.spread_experts(500, 4)))[0].std().item()
 
     assert 0.8 < spread() < 1.2
     variant("no_wide_initialisation")
@@ -206,7 +206,7 @@ def test_variant_no_wide_initialisation(training_run, variant):
 def test_variants_of_the_smoothing(training_run, variant):
     def widths(**policy_kwargs) -> th.Tensor:
         actor = small_agent(training_run, policy_kwargs=policy_kwargs).actor
-        return actor.particles(actor.features(OBSERVATIONS), actor.noise(500, 4))[1].exp()
+        return actor.particles(actor.features(OBSERVATIONS), actor.noise(actor.spread_experts(500, 4)))[1].exp()
 
     assert widths(log_std_init=-8.0).max() < 0.1
     assert widths(smoothing="local").std(dim=1).mean() > 0.05

@@ -17,6 +17,7 @@ LEVELS = (
     ("critic",),
     ("policies", "off_policy"),
     ("base", "queries"),
+    ("own_target",),
     ("discrete", "softq"),
     ("checkpoint", "composition", "vec_env", "rollouts", "plots"),
     ("envs.multi_goal", "envs.pusher"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from sb3_softq.soft_value import (
+    defensive_proposal,
     effective_sample_size,
     local_log_std,
     mixture_log_prob,
@@ -124,6 +125,22 @@ def test_mixture_against_scipy_and_autograd():
     th.testing.assert_close(mixture_log_prob(u, mean, log_std), log_prob)
 
 
+def test_weights_of_the_mixture():
+    """Against torch's own mixtures, in float64; equal weights are the default."""
+    th.manual_seed(0)
+    u, mean, log_std = th.randn(3, 2, 4, 3, dtype=th.float64)
+    u = u.requires_grad_(True)
+    log_weights = th.log_softmax(3 * th.randn(2, 4, dtype=th.float64), dim=1)
+    components = th.distributions.Independent(th.distributions.Normal(mean, log_std.exp()), 1)
+    mixture = th.distributions.MixtureSameFamily(th.distributions.Categorical(logits=log_weights), components)
+    expected = th.stack([mixture.log_prob(u[:, i]) for i in range(4)], dim=1)
+    log_prob, score = mixture_log_prob_and_score(u, mean, log_std, log_weights)
+    th.testing.assert_close(log_prob, expected)
+    th.testing.assert_close(score, th.autograd.grad(expected.sum(), u)[0])
+    equal = th.full_like(log_weights, -math.log(4))
+    th.testing.assert_close(mixture_log_prob(u, mean, log_std, equal), mixture_log_prob(u, mean, log_std))
+
+
 def test_tanh_log_det_is_exact_and_survives_saturation():
     u = th.linspace(-5, 5, 41, dtype=th.float64).unsqueeze(1)
     th.testing.assert_close(tanh_log_det(u), th.log(1 - th.tanh(u) ** 2).squeeze(1))
@@ -157,6 +174,57 @@ def test_mode_is_the_mean_of_one_and_a_peak_of_two():
     assert mixture_mode(start, mean, log_std, n_steps=20).item() == pytest.approx(peak, abs=2e-3)
     # one step out of the valley
     assert mixture_mode(start, mean, log_std).item() < -0.89
+    # what weighs next to nothing attracts nothing
+    log_weights = th.tensor([[-500.0, -500.0, -500.0, 0.0, 0.0]], dtype=th.float64)
+    assert mixture_mode(start, mean, log_std, log_weights, n_steps=20).item() > 0.89
+
+
+@pytest.mark.parametrize("n_particles", [1, 3, 4, 5, 1000])
+def test_defensive_density_is_that_of_its_particles(n_particles):
+    """E 1 / q = volume of the box, over its own particles; exactly so many of them come from each part."""
+    th.manual_seed(0)
+    mean, log_std = 0.5 * th.randn(2_000, 6, 1, dtype=th.float64), th.full((2_000, 6, 1), -0.5, dtype=th.float64)
+    u, log_prob_a = defensive_proposal(mean, log_std, n_particles)
+    assert u.shape == (2_000, n_particles, 1)
+    assert log_prob_a.shape == (2_000, n_particles)
+    if n_particles >= 4:
+        # bounded by the uniform part
+        assert log_prob_a.min() >= math.log(n_particles // 4 / n_particles / 2) - 1e-9
+        assert th.exp(-log_prob_a).mean().item() == pytest.approx(2.0, rel=0.02)
+    else:
+        own = mixture_log_prob(u, mean, log_std) - tanh_log_det(u)
+        th.testing.assert_close(log_prob_a, own)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 6])
+def test_a_defensive_value_sees_what_the_sampler_has_missed(dim):
+    """
+    A sampler that has found one of two equal modes is low by log 2, and does not notice: its own particles are as good a
+    sample of what they see. With the uniform part, in few dimensions, the value is right.
+    """
+    th.manual_seed(0)
+    width, centre = 0.2, 0.5
+    mean = th.full((200, 64, dim), math.atanh(centre)) + 0.15 * th.randn(200, 64, dim)
+    log_std = th.full_like(mean, math.log(0.15))
+
+    def q_values(u):
+        a = th.tanh(u)
+        squares = th.stack([(a - sign * centre).square().sum(dim=2) for sign in (-1, 1)])
+        return th.logsumexp(-squares / (2 * width**2), dim=0)
+
+    u, log_prob_a = defensive_proposal(mean, log_std, 2_000)
+    inside = stats.norm.cdf((1 - centre) / width) - stats.norm.cdf((-1 - centre) / width)
+    log_z = math.log(2) + dim * math.log(width * math.sqrt(2 * math.pi) * inside)
+    defensive = soft_value(q_values(u), log_prob_a, 1.0)
+    assert effective_sample_size(q_values(u), log_prob_a, 1.0).min() >= 1.0
+    own_u = mean + th.exp(log_std) * th.randn_like(mean)
+    own = soft_value(q_values(own_u), mixture_log_prob(own_u, mean, log_std) - tanh_log_det(own_u), 1.0).mean().item()
+    assert own < log_z - 0.6
+    if dim <= 2:
+        assert defensive.mean().item() == pytest.approx(log_z, abs=0.02)
+    else:
+        # no worse, where the box is too large to find anything in it
+        assert defensive.mean().item() > own - 0.05
 
 
 def test_local_bandwidth_follows_the_nearest_neighbour():

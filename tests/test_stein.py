@@ -7,7 +7,7 @@ import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sb3_softq.stein import median_bandwidth, squared_distances, stein_direction, tanh_log_det_grad
+from sb3_softq.stein import birth_death_rates, median_bandwidth, squared_distances, stein_direction, tanh_log_det_grad
 
 
 def kernel_function(x, y, h):
@@ -139,3 +139,55 @@ def test_bandwidth_ignores_the_diagonal_and_has_a_floor():
     assert median_bandwidth(squared_distances(x, x), exclude_diagonal=True).item() == pytest.approx(4.0 / math.log(3))
     same = th.zeros(1, 3, 1)
     assert median_bandwidth(squared_distances(same, same), exclude_diagonal=True).item() == pytest.approx(1e-3)
+
+
+def log_density_of_experts(a, centres, width):
+    return -((a[:, None] - centres) ** 2) / (2 * width**2) - math.log(width * math.sqrt(2 * math.pi))
+
+
+def test_birth_death_rates_are_the_natural_gradient_of_the_divergence():
+    """-dKL(q || p) / dw_z on a grid by autograd, up to the constant that keeps the sum of the weights."""
+    grid = th.linspace(-6, 6, 6001, dtype=th.float64)
+    centres = th.tensor([-2.0, 0.5, 2.0], dtype=th.float64)
+    experts = log_density_of_experts(grid, centres, 0.4).exp()
+    log_weights = th.log_softmax(th.tensor([1.0, -0.5, 0.3], dtype=th.float64), dim=0)
+    q_function, alpha = -0.3 * grid**2 + th.sin(3 * grid), 0.7
+    weights = log_weights.exp().requires_grad_(True)
+    q = experts @ weights
+    step = grid[1] - grid[0]
+    divergence = (q * (q.log() - q_function / alpha)).sum() * step
+    (grad,) = th.autograd.grad(divergence, weights)
+    # an expert's advantage as its expectation over the grid, in place of one particle
+    advantage = (experts * (q_function - alpha * q.detach().log())[:, None]).sum(dim=0) * step
+    rates = birth_death_rates(advantage[None], th.zeros(1, 3, dtype=th.float64), log_weights[None], th.tensor([alpha]))[0]
+    th.testing.assert_close(rates, -alpha * (grad - grad.mean()), rtol=1e-6, atol=1e-6)
+
+
+def test_birth_death_moves_weight_to_the_boltzmann_distribution():
+    """Two experts on two distant modes, one of which begins with next to nothing: no move of particles could do it."""
+    th.manual_seed(0)
+    logits, log_target = th.tensor([[9.0, 0.0]]), th.log(th.tensor([[0.3, 0.7]]))
+    ent_coef = th.tensor([0.2])
+    for _ in range(400):
+        log_weights = th.log_softmax(logits, dim=1)
+        # Q and the density at a particle of each: the widths are the target's, the weights are not
+        eps = th.randn(1, 2)
+        log_component = -0.5 * eps**2
+        rates = birth_death_rates(ent_coef * (log_target + log_component), log_weights + log_component, log_weights, ent_coef)
+        logits = logits + 0.1 * rates / ent_coef
+    th.testing.assert_close(th.softmax(logits, dim=1), th.exp(log_target), atol=0.01, rtol=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    scale=st.sampled_from([0.0, 1.0, 1e6]),
+    ent_coef=st.sampled_from([1e-3, 1.0, 10.0]),
+    n=st.integers(1, 5),
+)
+def test_birth_death_rates_are_bounded_and_sum_to_zero(scale, ent_coef, n):
+    th.manual_seed(0)
+    rates = birth_death_rates(
+        scale * th.randn(7, n), th.randn(7, n), th.log_softmax(scale * th.randn(7, n), dim=1), th.tensor([ent_coef])
+    )
+    assert rates.abs().max() <= 2 * 5.0 * ent_coef * (1 + 1e-6)
+    th.testing.assert_close(rates.sum(dim=1), th.zeros(7), atol=1e-4 * ent_coef, rtol=0)

@@ -8,8 +8,10 @@ Each zip is a SoftQ agent saved by ``model.save``; its environment is the name o
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -23,10 +25,20 @@ from sb3_softq.soft_value import mixture_log_prob, mixture_mode
 Candidate = Callable[[SoftQ, th.Tensor], th.Tensor]
 
 
-def bank(model: SoftQ, obs: th.Tensor, trained: bool = False) -> tuple[th.Tensor, th.Tensor]:
-    """Component means and log standard deviations of the fixed bank of particles, shape (1, n_bank, action_dim)."""
+class Bank(NamedTuple):
+    """The fixed particles of a state: (1, n_bank, action_dim) twice, and log weights, (1, n_bank)."""
+
+    mean: th.Tensor
+    log_std: th.Tensor
+    log_weights: th.Tensor
+
+
+def bank(model: SoftQ, obs: th.Tensor, trained: bool = False) -> Bank:
     actor = model.actor if trained else model.ema_actor
-    return actor.particles(actor.features(obs), actor.xi_bank.unsqueeze(0))
+    features = actor.features(obs)
+    mean, log_std = actor.particles(features, actor.xi_bank.unsqueeze(0))
+    repeats = len(actor.xi_bank) // actor.n_experts
+    return Bank(mean, log_std, actor.gate_log_probs(features).repeat(1, repeats) - math.log(repeats))
 
 
 def q_values(model: SoftQ, obs: th.Tensor, u: th.Tensor) -> th.Tensor:
@@ -34,38 +46,45 @@ def q_values(model: SoftQ, obs: th.Tensor, u: th.Tensor) -> th.Tensor:
 
 
 def zero_noise(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    features = model.ema_actor.features(obs)
-    return model.ema_actor.particles(features, th.zeros(1, 1, model.ema_actor.action_dim))[0][:, 0]
+    """Of the expert that weighs most; the first particles of the bank are those of no noise."""
+    particles = bank(model, obs)
+    return particles.mean[:, particles.log_weights[0, : model.ema_actor.n_experts].argmax()]
 
 
-def mode(model: SoftQ, obs: th.Tensor, densest: bool = False, trained: bool = False) -> th.Tensor:
-    mean, log_std = bank(model, obs, trained)
-    start = mean[:, mixture_log_prob(mean, mean, log_std).argmax()] if densest else mean[:, 0]
-    return mixture_mode(start, mean, log_std)
+def densest(model: SoftQ, obs: th.Tensor) -> th.Tensor:
+    particles = bank(model, obs)
+    start = particles.mean[:, mixture_log_prob(particles.mean, *particles).argmax()]
+    return mixture_mode(start, *particles)
+
+
+def weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
+    mean, _, log_weights = bank(model, obs)
+    return (log_weights.exp().unsqueeze(2) * mean).sum(dim=1)
 
 
 def medoid(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    means, _ = bank(model, obs)
-    return means[:, th.cdist(means, means).sum(dim=2).argmin()]
+    means, _, log_weights = bank(model, obs)
+    return means[:, (th.cdist(means, means) * log_weights.exp().unsqueeze(1)).sum(dim=2).argmin()]
 
 
 def best_by_q(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    means, _ = bank(model, obs)
+    means = bank(model, obs).mean
     return means[:, q_values(model, obs, means).argmax()]
 
 
 def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    means, _ = bank(model, obs)
+    means = bank(model, obs).mean
     weights = th.softmax(q_values(model, obs, means) / model.ent_coef_tensor, dim=1)
     return (weights.unsqueeze(2) * means).sum(dim=1)
 
 
 CANDIDATES: dict[str, Candidate] = {
     "a sample": lambda model, obs: model.ema_actor.sample(obs)[:, 0],
-    "zero noise, mean-shift": mode,
-    "the same, of the trained actor": lambda model, obs: mode(model, obs, trained=True),
-    "densest of 32, mean-shift": lambda model, obs: mode(model, obs, densest=True),
-    "mean particle": lambda model, obs: bank(model, obs)[0].mean(dim=1),
+    "zero noise, mean-shift": lambda model, obs: model.ema_actor.mode(obs),
+    "the same, of the trained actor": lambda model, obs: model.actor.mode(obs),
+    "the same, five steps": lambda model, obs: mixture_mode(zero_noise(model, obs), *bank(model, obs), n_steps=5),
+    "densest of 32, mean-shift": densest,
+    "mean particle": weighted_mean,
     "medoid": medoid,
     "zero noise": zero_noise,
     "best of 32 by Q": best_by_q,

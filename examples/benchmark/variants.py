@@ -27,10 +27,10 @@ def no_wide_initialisation() -> None:
     particles = SamplingActor.particles
 
     def without_noise(
-        self: SamplingActor, features: th.Tensor, xi: th.Tensor, n_constant: int = 0
+        self: SamplingActor, features: th.Tensor, noise: th.Tensor, n_constant: int = 0
     ) -> tuple[th.Tensor, th.Tensor]:
-        mean, log_std = particles(self, features, xi, n_constant)
-        return mean - xi, log_std
+        mean, log_std = particles(self, features, noise, n_constant)
+        return mean - noise[..., : self.action_dim], log_std
 
     patch.object(SamplingActor, "particles", without_noise).start()
 
@@ -68,7 +68,8 @@ def density_in_value() -> None:
     def propose(self: SoftQ, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
         actor = self.ema_actor
         features = actor.features(obs)
-        mean, log_std = actor.particles(features, actor.noise(len(features), n_particles + N_DENSITY_PARTICLES))
+        experts = actor.draw_experts(features, n_particles + N_DENSITY_PARTICLES)
+        mean, log_std = actor.particles(features, actor.noise(experts))
         u = mean[:, :n_particles] + th.exp(log_std[:, :n_particles]) * th.randn_like(mean[:, :n_particles])
         return u, mixture_log_prob(u, mean, log_std) - tanh_log_det(u)
 
