@@ -8,15 +8,15 @@ from stable_baselines3 import SAC
 from examples.benchmark.bandits import CASES, FOUR_MODES, SHORT_TRAINING, Modes, boltzmann, errors, four_modes, total_variation
 from sb3_softq import SoftQ
 
-# In brackets what a single sampler without experts has, worst of seeds 0 to 2: it fails
-STEPS = dict.fromkeys(CASES, 2_500)
+# narrow modes take longer to be right
+STEPS = dict.fromkeys(CASES, 2_500) | {"three_narrow_modes": 4_000}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_policy_is_the_boltzmann_distribution(name):
     """
     With the tanh correction left out or differentiated with respect to a, or the repulsion too weak, the distance is
-    above 0.3 in one case or another.
+    above 0.3 in one case or another. With a single expert it is 0.28 for three narrow modes and 0.29 for three widths.
     """
     env = CASES[name]()
     model = SoftQ("MlpPolicy", env, seed=0, **SHORT_TRAINING).learn(STEPS[name])
@@ -26,6 +26,7 @@ def test_policy_is_the_boltzmann_distribution(name):
 
 
 def test_four_modes_in_eight_dimensions_are_kept():
+    """A single expert loses two of them."""
     env = FOUR_MODES["four_modes_8d"]()
     model = SoftQ("MlpPolicy", env, seed=0, **SHORT_TRAINING).learn(5_000)
     found = errors(env, model)

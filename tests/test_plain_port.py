@@ -56,9 +56,7 @@ def make_pair(learning_rate, target_update_interval=1000):
         n_actor_particles=16,
         particle_options=replace(SQL_2017["particle_options"], n_actor_states=BATCH_SIZE),
         ent_coef=ALPHA,
-        policy_kwargs=dict(
-            net_arch=dict(pi=[], qf=[24, 16]), head_arch=[24, 16], n_critics=1, smoothing="none", batch_norm=False
-        ),
+        policy_kwargs=SQL_2017["policy_kwargs"] | dict(net_arch=dict(pi=[], qf=[24, 16]), head_arch=[24, 16]),
         seed=0,
         device="cpu",
     )
