@@ -24,7 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, Progr
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_softq import SoftQ
-from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, resume, steps_done
+from sb3_softq.checkpoint import ResumableCheckpoint, folder_lock, has_checkpoint, resume, steps_done
 
 # Walker2d-v4 by intention: it is what published results are for
 warnings.filterwarnings("ignore", message=".*is out of date")
@@ -103,6 +103,9 @@ def set_earlier_run_aside(out: Path) -> None:
     """A run that starts from scratch in a used folder moves what is there one folder down, and overwrites nothing."""
     used = [out / name for name in ARTEFACTS if (out / name).exists()]
     if used:
+        # a run that is still writing there is not moved away under its feet
+        with folder_lock(out / "checkpoints"):
+            pass
         number = 1
         while (out / f"earlier-{number}").exists():
             number += 1

@@ -2,57 +2,74 @@
 Crash-safe checkpoints of an off-policy algorithm, and training that goes on from them.
 
 A folder named ``checkpoint-...`` is complete: it is written under another name, synced to the disk and then renamed, and
-an old one is renamed away before it is deleted. Whenever a run is killed, its newest checkpoint can be loaded.
+an old one is renamed away before it is deleted. Whenever a run is killed, its newest checkpoint can be loaded. A manifest
+(:mod:`sb3_softq.manifest`) tells whether the disk has kept it: a damaged one is set aside, and the one before is used.
 """
 
 import os
 import random
 import re
 import shutil
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
+from filelock import FileLock, Timeout
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
+from sb3_softq import manifest
+from sb3_softq.checks import check_integer
 from sb3_softq.finite import check_parameters
-from sb3_softq.replay import end_trajectory
+from sb3_softq.manifest import DamagedCheckpointError
+from sb3_softq.replay import check_newest, end_trajectory
 
 SelfOffPolicyAlgorithm = TypeVar("SelfOffPolicyAlgorithm", bound=OffPolicyAlgorithm)
 
 # Counted, because steps alone do not tell which one is the newest where a second run starts again from 0
 NAME = re.compile(r"checkpoint-(\d+)-step(\d+)")
 TEMPORARY = "checkpoint.tmp"
+# Of a checkpoint that is not what was written
+DAMAGED = "damaged-"
+# Held while a run writes into a folder; the system lets go of it when the process dies
+LOCK, HOLDER = ".lock", ".holder"
 
 
 class ResumableCheckpoint(BaseCallback):
     """
     Save all that training needs to go on, every ``save_freq`` steps and at the end of training: the model, its replay
-    buffer, the statistics of ``VecNormalize`` and the state of the random generators. Only the newest checkpoint is kept.
+    buffer, the statistics of ``VecNormalize`` and the state of the random generators.
 
-    Saves happen between rollouts, where the replay buffer, the networks and the number of steps belong together.
+    Saves happen between rollouts, where the replay buffer, the networks and the number of steps belong together. From the
+    start of training to its end the folder belongs to this process.
 
     :param save_freq: Save every ``save_freq`` steps, counted over all environments
     :param path: Folder of the checkpoints
+    :param keep: How many of the newest checkpoints are kept, at least 1
+    :raises ValueError: if an argument is out of its range
     """
 
     model: OffPolicyAlgorithm
 
-    def __init__(self, save_freq: int, path: str | Path):
+    def __init__(self, save_freq: int, path: str | Path, keep: int = 2):
         super().__init__()
-        if save_freq < 1:
-            raise ValueError(f"save_freq={save_freq!r} is not allowed: it must be an integer >= 1")
-        self.save_freq = save_freq
+        self.save_freq = check_integer("save_freq", save_freq, 1)
         self.path = Path(path)
+        self.keep = check_integer("keep", keep, 1)
         self._saved_at = 0
+        self._lock: FileLock | None = None
 
     def _on_training_start(self) -> None:
         self._saved_at = self.model.num_timesteps
+        self._lock = _acquire(self.path)
 
     def _on_rollout_start(self) -> None:
         if self.model.num_timesteps - self._saved_at >= self.save_freq:
@@ -63,15 +80,27 @@ class ResumableCheckpoint(BaseCallback):
 
     def _on_training_end(self) -> None:
         self.save()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def save(self) -> Path:
         """
-        Write a checkpoint now, then delete the older ones.
+        Write a checkpoint now, then delete the older ones but ``keep`` - 1.
 
         :return: Folder of the checkpoint
-        :raises ValueError: if a parameter is NaN or infinite; the last checkpoint stays
+        :raises ValueError: if a parameter, or what the replay buffer has gained since the last save, is NaN or infinite; the
+            last checkpoint stays
+        :raises RuntimeError: if another process writes into the folder
         """
-        check_parameters(self.model.policy, self.model.num_timesteps)
+        with folder_lock(self.path):
+            return self._save()
+
+    def _save(self) -> Path:
+        steps = self.model.num_timesteps
+        check_parameters(self.model.policy, steps)
+        assert self.model.replay_buffer is not None
+        check_newest(self.model.replay_buffer, -(-(steps - self._saved_at) // self.model.n_envs), steps)
         older = _checkpoints(self.path)
         count = 1 + (_numbers(older[-1])[0] if older else 0)
         folder = self.path / f"checkpoint-{count}-step{self.model.num_timesteps}"
@@ -85,25 +114,46 @@ class ResumableCheckpoint(BaseCallback):
         vec_normalize = self.model.get_vec_normalize_env()
         if vec_normalize is not None:
             vec_normalize.save(str(temporary / "vec_normalize.pkl"))
+        manifest.write(temporary, self.model)
 
         for file in (*temporary.iterdir(), temporary):
             _sync(file)
         os.replace(temporary, folder)
         _sync(self.path)
-        for old in older:
+        for old in older[: len(older) + 1 - self.keep]:
             os.replace(old, temporary)
             shutil.rmtree(temporary)
         self._saved_at = self.model.num_timesteps
         return folder
 
 
+@contextmanager
+def folder_lock(path: str | Path) -> Iterator[None]:
+    """
+    Own a folder of checkpoints: no other process can save into it meanwhile. A process that dies lets go of it.
+
+    :param path: Folder of the checkpoints
+    :raises RuntimeError: if another process owns it, naming that
+    """
+    lock = _acquire(Path(path))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def latest(path: str | Path) -> Path | None:
     """
     :param path: Folder of the checkpoints
-    :return: Folder of the newest checkpoint, None if there is none
+    :return: Folder of the newest checkpoint that is what was written, None if there is none
     """
-    checkpoints = _checkpoints(Path(path))
-    return checkpoints[-1] if checkpoints else None
+    for folder in reversed(_checkpoints(Path(path))):
+        try:
+            manifest.read(folder)
+        except DamagedCheckpointError:
+            continue
+        return folder
+    return None
 
 
 def has_checkpoint(path: str | Path) -> bool:
@@ -123,26 +173,33 @@ def steps_done(path: str | Path) -> int:
     return 0 if folder is None else _numbers(folder)[1]
 
 
-def resume(cls: type[SelfOffPolicyAlgorithm], path: str | Path, env: GymEnv, **kwargs: Any) -> SelfOffPolicyAlgorithm:
+def resume(
+    cls: type[SelfOffPolicyAlgorithm], path: str | Path, env: GymEnv, other_env: bool = False, **kwargs: Any
+) -> SelfOffPolicyAlgorithm:
     """
-    Load the newest checkpoint. Training goes on with ``model.learn(n_more_steps, reset_num_timesteps=False)``, in a new
-    episode: the state of an environment cannot be saved.
+    Load the newest checkpoint that is what was written; those that are not are renamed to ``damaged-...``. Training goes on
+    with ``model.learn(n_more_steps, reset_num_timesteps=False)``, in a new episode: the state of an environment cannot be
+    saved.
 
     :param cls: Class of the algorithm, such as ``SoftQ``
     :param path: Folder of the checkpoints
     :param env: Environment to go on with. The saved statistics of ``VecNormalize`` go into its wrapper of that name, or
         into a new one around ``env`` if it has none.
+    :param other_env: Whether ``env`` may have another id, or other arguments, than the one that was saved
     :param kwargs: Further arguments of ``cls.load``, such as ``device``
     :return: The model as it was saved
     :raises FileNotFoundError: if there is no checkpoint
-    :raises ValueError: if the ``VecNormalize`` of ``env`` normalises observations and the saved one does not, or vice versa
+    :raises DamagedCheckpointError: if there are checkpoints and all of them are damaged, a ValueError that lists them
+    :raises ValueError: if the algorithm's class, the environment, the number of environments, their spaces or their
+        ``VecNormalize`` are not those that were saved
     """
-    folder = latest(path)
-    if folder is None:
-        raise FileNotFoundError(f"There is no checkpoint in {Path(path).absolute()}")
+    folder, saved = _newest_intact(Path(path))
+    manifest.check_class(saved, cls)
+    env = env if isinstance(env, VecEnv) else cls._wrap_env(env)
     statistics = folder / "vec_normalize.pkl"
     if statistics.exists():
-        env = _restore_vec_normalize(statistics, env if isinstance(env, VecEnv) else cls._wrap_env(env))
+        env = _restore_vec_normalize(statistics, env)
+    manifest.check_env(saved, env, other_env)
     model = cls.load(folder / "model.zip", env=env, **kwargs)
     model.load_replay_buffer(folder / "replay_buffer.pkl")
     assert model.replay_buffer is not None
@@ -153,6 +210,37 @@ def resume(cls: type[SelfOffPolicyAlgorithm], path: str | Path, env: GymEnv, **k
         model.env.seed(model.seed + model.num_timesteps)
     _set_random_state(model, load_from_pkl(folder / "random.pkl"))
     return model
+
+
+def _newest_intact(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Folder and manifest of the newest checkpoint that is not damaged; damaged ones are set aside on the way."""
+    damages: list[str] = []
+    for folder in reversed(_checkpoints(path)):
+        try:
+            return folder, manifest.read(folder)
+        except DamagedCheckpointError as error:
+            damages.append(str(error))
+            aside = folder.with_name(DAMAGED + folder.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            warnings.warn(f"{error}. It is set aside as {aside.name}, the checkpoint before it is used.", stacklevel=3)
+    if damages:
+        raise DamagedCheckpointError("All checkpoints are damaged: " + "; ".join(damages))
+    raise FileNotFoundError(f"There is no checkpoint in {path.absolute()}")
+
+
+def _acquire(path: Path) -> FileLock:
+    path.mkdir(parents=True, exist_ok=True)
+    # one per folder and process: training and a save within it own the same
+    lock = FileLock(path / LOCK, is_singleton=True)
+    holder = path / HOLDER
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        who = holder.read_text() if holder.exists() else "another process"
+        raise RuntimeError(f"{path.absolute()} is not free: {who} writes its checkpoints there") from error
+    holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    return lock
 
 
 def _numbers(folder: Path) -> tuple[int, int]:
@@ -208,6 +296,8 @@ def _restore_vec_normalize(statistics: Path, env: VecEnv) -> VecEnv:
             f"VecNormalize(norm_obs={vec_normalize.norm_obs!r}) is not allowed: "
             f"it must be {saved.norm_obs!r}, as in the checkpoint"
         )
+    for name in ("clip_obs", "clip_reward", "gamma", "epsilon", "norm_reward"):
+        setattr(vec_normalize, name, getattr(saved, name))
     vec_normalize.ret_rms = saved.ret_rms
     if saved.norm_obs:
         vec_normalize.obs_rms = saved.obs_rms

@@ -30,6 +30,31 @@ def end_trajectory(buffer: ReplayBuffer) -> None:
         buffer.timeouts[last][unfinished] = True
 
 
+def check_newest(buffer: ReplayBuffer, n_rows: int, num_timesteps: int) -> None:
+    """
+    :param buffer: Replay buffer
+    :param n_rows: Number of its newest rows, of one transition of each environment, that are looked at
+    :param num_timesteps: Number of steps so far
+    :raises ValueError: if a value in them is NaN or infinite, or too large to be learned from, naming where it is
+    """
+    rows = np.arange(buffer.pos - min(n_rows, buffer.size()), buffer.pos) % buffer.buffer_size
+    for name in ("observations", "next_observations", "actions", "rewards"):
+        stored = getattr(buffer, name, None)
+        for key, values in stored.items() if isinstance(stored, dict) else [(None, stored)]:
+            if not isinstance(values, np.ndarray) or not np.issubdtype(values.dtype, np.floating):
+                continue
+            # as losses have it
+            with np.errstate(over="ignore", invalid="ignore"):
+                wrong = ~np.isfinite(np.square(values[rows], dtype=np.float32))
+            if wrong.any():
+                row, env_idx = np.argwhere(wrong)[0][:2]
+                label = name if key is None else f"{name} {key!r}"
+                raise ValueError(
+                    f"{label} of environment {env_idx} in row {rows[row]} of the replay buffer cannot be learned from at step "
+                    f"{num_timesteps}: {values[rows[row], env_idx]}. Nothing was saved, the last checkpoint stays."
+                )
+
+
 def check_replay_buffer(
     buffer_class: type[ReplayBuffer] | None, n_steps: int, optimize_memory_usage: bool, has_dict: bool
 ) -> None:

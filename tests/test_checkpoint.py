@@ -1,5 +1,7 @@
 """Checkpoints: what is restored, and what is left when a save is killed."""
 
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softq import SoftQ, checkpoint
@@ -50,8 +54,20 @@ def train(path, steps=60, save_freq=10_000, **kwargs):
     return model.learn(steps, callback=ResumableCheckpoint(save_freq, path))
 
 
-def reload(path, env=None, cls=SoftQ):
-    return resume(cls, path, env or pendulum())
+def reload(path, env=None, cls=SoftQ, **kwargs):
+    return resume(cls, path, env or pendulum(), **kwargs)
+
+
+def left(path):
+    """Checkpoints in a folder, and whatever else is not the lock."""
+    return sorted(file.name for file in path.iterdir() if file.name not in (checkpoint.LOCK, checkpoint.HOLDER))
+
+
+def two_checkpoints(path, **kwargs):
+    """At 30 and 60 steps."""
+    model = train(path, steps=60, save_freq=30, **kwargs)
+    assert left(path) == ["checkpoint-1-step30", "checkpoint-2-step60"]
+    return model
 
 
 @pytest.mark.parametrize("cls", [SoftQ, SAC])
@@ -148,8 +164,9 @@ def test_no_checkpoint(tmp_path):
         assert steps_done(folder) == 0
         with pytest.raises(FileNotFoundError, match=str(folder)):
             reload(folder)
-    with pytest.raises(ValueError, match="save_freq=0"):
-        ResumableCheckpoint(0, tmp_path)
+    for name, value in (("save_freq", 0), ("save_freq", 2.5), ("keep", 0), ("keep", None)):
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            ResumableCheckpoint(**{"save_freq": 1, "path": tmp_path, name: value})
 
 
 def test_leftovers_are_not_loaded(tmp_path):
@@ -161,7 +178,7 @@ def test_leftovers_are_not_loaded(tmp_path):
     train(tmp_path, steps=30)
     # the newest one is not the one with the most steps, and nothing else is left
     assert reload(tmp_path).num_timesteps == 30
-    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-2-step30"]
+    assert left(tmp_path) == ["checkpoint-1-step60", "checkpoint-2-step30"]
 
 
 def test_interrupted_at_every_call(tmp_path, monkeypatch):
@@ -237,4 +254,141 @@ def test_killed_while_saving(tmp_path):
         model = reload(path)
         assert model.num_timesteps == model.replay_buffer.size() > 0
         model.learn(5, callback=ResumableCheckpoint(100, path), reset_num_timesteps=False)
-        assert len(list(path.iterdir())) == 1
+        assert len(left(path)) == 2
+
+
+def flip(file):
+    """One bit, in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+FILES = ("model.zip", "replay_buffer.pkl", "random.pkl", "vec_normalize.pkl", "manifest.json")
+DAMAGES = {
+    "flipped": flip,
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "empty": lambda file: file.write_bytes(b""),
+    "missing": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, name, damage):
+    if (name, damage) == ("manifest.json", "missing"):
+        pytest.skip("as checkpoints were before there was one")
+    two_checkpoints(tmp_path, env=VecNormalize(DummyVecEnv([pendulum])))
+    DAMAGES[damage](tmp_path / "checkpoint-2-step60" / name)
+    assert steps_done(tmp_path) == 30
+    with pytest.warns(UserWarning, match=rf"checkpoint-2-step60.*{name}.*set aside as damaged-checkpoint-2-step60"):
+        model = reload(tmp_path, DummyVecEnv([pendulum]))
+    assert model.num_timesteps == model.replay_buffer.size() == 30
+    assert left(tmp_path) == ["checkpoint-1-step30", "damaged-checkpoint-2-step60"]
+    model.learn(10, callback=ResumableCheckpoint(100, tmp_path), reset_num_timesteps=False)
+    assert reload(tmp_path, DummyVecEnv([pendulum])).num_timesteps == 40
+
+
+def test_nothing_left(tmp_path):
+    two_checkpoints(tmp_path)
+    flip(tmp_path / "checkpoint-1-step30" / "replay_buffer.pkl")
+    (tmp_path / "checkpoint-2-step60" / "model.zip").unlink()
+    assert not has_checkpoint(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="set aside"),
+        pytest.raises(ValueError, match=r"All checkpoints are damaged: .*model.zip is missing; .*replay_buffer.pkl has other"),
+    ):
+        reload(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_so_many_are_kept(tmp_path, keep):
+    make().learn(50, callback=ResumableCheckpoint(10, tmp_path, keep=keep))
+    assert left(tmp_path) == [f"checkpoint-{i}-step{10 * i}" for i in range(6 - keep, 6)]
+
+
+def test_the_manifest_says_what_it_is(tmp_path):
+    model = train(tmp_path, ent_coef="auto_0.2")
+    manifest = json.loads((latest(tmp_path) / "manifest.json").read_text())
+    assert manifest["class"] == "SoftQ"
+    assert manifest["num_timesteps"] == 60
+    assert manifest["arguments"]["ent_coef"] == "auto_0.2"
+    assert manifest["arguments"]["batch_size"] == model.batch_size
+    assert manifest["env"] == {"id": "Pendulum-v1", "kwargs": {}}
+    assert manifest["versions"]["torch"] == th.__version__
+    for name, entry in manifest["files"].items():
+        file = latest(tmp_path) / name
+        assert entry == {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def test_a_newer_format(tmp_path):
+    train(tmp_path)
+    path = latest(tmp_path) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(ValueError, match=r"has format 99, which sb3_softq .* does not know \(up to 1\)"):
+        reload(tmp_path)
+    # it is no damage
+    assert left(tmp_path) == ["checkpoint-1-step60"]
+
+
+def test_another_environment_is_refused(tmp_path):
+    train(tmp_path)
+    heavy = partial(gym.make, "Pendulum-v1", g=20.0)
+    with pytest.raises(ValueError, match=r"env=.*'g': 20.0.* is not allowed: the checkpoint has env=.*other_env=True"):
+        reload(tmp_path, heavy())
+    assert reload(tmp_path, heavy(), other_env=True).num_timesteps == 60
+    with pytest.raises(ValueError, match=r"n_envs=2 is not allowed: the checkpoint has n_envs=1"):
+        reload(tmp_path, DummyVecEnv([pendulum] * 2))
+    with pytest.raises(ValueError, match=r"vec_normalize=.*'norm_obs': True.* the checkpoint has vec_normalize=None"):
+        reload(tmp_path, VecNormalize(DummyVecEnv([pendulum])))
+    with pytest.raises(ValueError, match=r"observation_space=Box\(.*\(2,\).* the checkpoint has observation_space=.*\(3,\)"):
+        reload(tmp_path, gym.make("MountainCarContinuous-v0"), other_env=True)
+    with pytest.raises(ValueError, match="cls=SAC is not allowed: the checkpoint is one of SoftQ"):
+        reload(tmp_path, cls=SAC)
+
+
+def test_the_settings_of_vec_normalize_come_back(tmp_path):
+    train(tmp_path, env=VecNormalize(DummyVecEnv([pendulum]), clip_obs=3.0, gamma=0.9))
+    new = reload(tmp_path, VecNormalize(DummyVecEnv([pendulum]))).get_vec_normalize_env()
+    assert (new.clip_obs, new.gamma) == (3.0, 0.9)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("name", ["rewards", "observations", "next_observations", "actions"])
+def test_what_cannot_be_learned_from_is_not_saved(tmp_path, name, value):
+    model = make(learning_starts=1_000)
+
+    class Poison(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 50:
+                getattr(model.replay_buffer, name)[45, 0] = value
+            return True
+
+    with pytest.raises(ValueError, match=rf"{name} of environment 0 in row 45 of the replay buffer .* at step 60"):
+        model.learn(100, callback=[Poison(), ResumableCheckpoint(20, tmp_path)])
+    assert reload(tmp_path).num_timesteps == 40
+
+
+HOLD = """
+import sys
+from sb3_softq.checkpoint import folder_lock
+with folder_lock(sys.argv[1]):
+    print("holds", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"holds\n"
+        with pytest.raises(RuntimeError, match=rf"{tmp_path} is not free: process {process.pid} on"):
+            train(tmp_path)
+        process.kill()
+    # a dead one holds nothing
+    assert train(tmp_path).num_timesteps == steps_done(tmp_path)

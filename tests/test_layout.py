@@ -10,7 +10,19 @@ ROOT = Path(__file__).parent.parent / "sb3_softq"
 # From the bottom up, a level each: a module imports from levels below its own alone, or from its own
 LEVELS = (
     ("version",),
-    ("checks", "finite", "spaces", "soft_value", "stein", "replay", "observations", "optimization", "annealing", "stacking"),
+    (
+        "checks",
+        "finite",
+        "spaces",
+        "soft_value",
+        "stein",
+        "replay",
+        "observations",
+        "optimization",
+        "annealing",
+        "stacking",
+        "manifest",
+    ),
     ("products",),
     ("options", "networks"),
     ("actor", "batch_norm"),

@@ -1,0 +1,169 @@
+"""What a checkpoint consists of and what it belongs to, as plain JSON beside its files: read before any of them is opened."""
+
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import stable_baselines3
+import torch as th
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+
+from sb3_softq.version import __version__
+
+NAME = "manifest.json"
+# Raised when older code could not read what newer code writes
+FORMAT = 1
+# Of checkpoints without a manifest, which were written before there was one
+REQUIRED = ("model.zip", "replay_buffer.pkl", "random.pkl")
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not what was written."""
+
+
+def write(folder: Path, model: OffPolicyAlgorithm) -> None:
+    """
+    Describe the files in a folder.
+
+    :param folder: Of the checkpoint; all of its other files are there
+    :param model: The agent whose they are
+    """
+    env = model.get_env()
+    manifest = {
+        "format": FORMAT,
+        "versions": {
+            "sb3_softq": __version__,
+            "torch": th.__version__,
+            "stable_baselines3": stable_baselines3.__version__,
+            "gymnasium": gymnasium.__version__,
+        },
+        "class": type(model).__name__,
+        "arguments": _plain(_arguments(model)),
+        "num_timesteps": model.num_timesteps,
+        **({} if env is None else describe(env)),
+        "files": {file.name: {"size": file.stat().st_size, "sha256": _digest(file)} for file in sorted(folder.iterdir())},
+    }
+    (folder / NAME).write_text(json.dumps(manifest | {"sha256": _digest_of(manifest)}, indent=1))
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """
+    Read the manifest of a checkpoint and check that its files are those that were written.
+
+    :param folder: Of the checkpoint
+    :return: The manifest; an empty one for a checkpoint that was written before there were any
+    :raises DamagedCheckpointError: if a file is missing, has another size or other contents
+    :raises ValueError: if the checkpoint was written by a newer release, in a format that this one does not know
+    """
+    path = folder / NAME
+    if not path.exists():
+        missing = [name for name in REQUIRED if not (folder / name).exists()]
+        if missing:
+            raise DamagedCheckpointError(f"{folder}: {', '.join(missing)} and {NAME} are missing")
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        number, digest = int(manifest["format"]), manifest.pop("sha256")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if number > FORMAT:
+        raise ValueError(
+            f"{folder} has format {number}, which sb3_softq {__version__} does not know (up to {FORMAT}): it was written by "
+            f"sb3_softq {manifest.get('versions', {}).get('sb3_softq')}, or a later release can read it"
+        )
+    if digest != _digest_of(manifest):
+        raise DamagedCheckpointError(f"{path} has other contents than were written")
+    for name, (size, digest) in files.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise DamagedCheckpointError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise DamagedCheckpointError(f"{file} has {file.stat().st_size} bytes, {size} were written")
+        if _digest(file) != digest:
+            raise DamagedCheckpointError(f"{file} has other contents than were written")
+    return manifest
+
+
+def describe(env: VecEnv) -> dict[str, Any]:
+    """
+    :param env: Environments
+    :return: What of them a checkpoint depends on
+    """
+    specs = _attribute(env, "spec")
+    spec = None if specs is None else specs[0]
+    vec_normalize = unwrap_vec_normalize(env)
+    return {
+        "env": None if spec is None else {"id": spec.id, "kwargs": _plain(spec.kwargs)},
+        "n_envs": env.num_envs,
+        "observation_space": repr(env.observation_space),
+        "action_space": repr(env.action_space),
+        "vec_normalize": None
+        if vec_normalize is None
+        else {name: getattr(vec_normalize, name) for name in ("norm_obs", "norm_reward")},
+    }
+
+
+def check_class(manifest: dict[str, Any], cls: type[OffPolicyAlgorithm]) -> None:
+    """
+    :param manifest: Of a checkpoint
+    :param cls: Class of the agent that goes on
+    :raises ValueError: if neither it nor a parent of it has been saved
+    """
+    saved = manifest.get("class")
+    if saved is not None and saved not in [parent.__name__ for parent in cls.__mro__]:
+        raise ValueError(f"cls={cls.__name__} is not allowed: the checkpoint is one of {saved}")
+
+
+def check_env(manifest: dict[str, Any], env: VecEnv, other_env: bool) -> None:
+    """
+    :param manifest: Of a checkpoint
+    :param env: Environments to go on with, ``VecNormalize`` among its wrappers where it will be
+    :param other_env: Whether an environment of another id, or with other arguments, is wanted
+    :raises ValueError: if they are not those that the checkpoint belongs to, naming both
+    """
+    here = describe(env)
+    hint = {"env": " (resume(..., other_env=True) goes on in another one)"}
+    for name, value in here.items():
+        saved = manifest.get(name, value)
+        if saved == value or (name == "env" and (other_env or saved is None or value is None)):
+            continue
+        raise ValueError(f"{name}={value} is not allowed: the checkpoint has {name}={saved}{hint.get(name, '')}")
+
+
+def _attribute(env: VecEnv, name: str) -> list[Any] | None:
+    try:
+        return env.get_attr(name)
+    except AttributeError:
+        return None
+
+
+def _arguments(model: OffPolicyAlgorithm) -> dict[str, Any]:
+    names = inspect.signature(type(model)).parameters.keys() - {"policy", "env"}
+    return {name: getattr(model, name) for name in sorted(names) if hasattr(model, name)}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can hold, and of the rest how it looks."""
+    result: dict[str, Any] = json.loads(
+        json.dumps(values, default=lambda x: x.item() if isinstance(x, np.number) else repr(x))
+    )
+    return result
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    """Of the manifest itself."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
