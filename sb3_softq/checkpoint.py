@@ -10,11 +10,14 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,6 +44,8 @@ TEMPORARY = "checkpoint.tmp"
 DAMAGED = "damaged-"
 # Held while a run writes into a folder; the system lets go of it when the process dies
 LOCK, HOLDER = ".lock", ".holder"
+# That end a process whose program does not know them; Windows has no SIGHUP
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class ResumableCheckpoint(BaseCallback):
@@ -49,7 +54,9 @@ class ResumableCheckpoint(BaseCallback):
     buffer, the statistics of ``VecNormalize`` and the state of the random generators.
 
     Saves happen between rollouts, where the replay buffer, the networks and the number of steps belong together. From the
-    start of training to its end the folder belongs to this process.
+    start of training to its end the folder belongs to this process. SIGTERM, as cluster schedulers send it, and SIGHUP save
+    after the rollout or evaluation that is going on and end the process with the usual status, 143 and 129, unless the
+    program handles them itself or trains in another thread than its main one.
 
     :param save_freq: Save every ``save_freq`` steps, counted over all environments
     :param path: Folder of the checkpoints
@@ -66,12 +73,31 @@ class ResumableCheckpoint(BaseCallback):
         self.keep = check_integer("keep", keep, 1)
         self._saved_at = 0
         self._lock: FileLock | None = None
+        self._handled: list[int] = []
+        self._signal: int | None = None
 
     def _on_training_start(self) -> None:
         self._saved_at = self.model.num_timesteps
         self._lock = _acquire(self.path)
+        if threading.current_thread() is threading.main_thread():
+            self._handled = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+        for number in self._handled:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code is OffPolicyAlgorithm.learn.__code__ and frame.f_locals["self"] is self.model:
+                self._signal = number
+                return
+            frame = frame.f_back
+        # training ended by an error, which calls no callback
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     def _on_rollout_start(self) -> None:
+        if self._signal is not None:
+            self._on_training_end()
+            raise SystemExit(128 + self._signal)
         if self.model.num_timesteps - self._saved_at >= self.save_freq:
             self.save()
 
@@ -80,6 +106,9 @@ class ResumableCheckpoint(BaseCallback):
 
     def _on_training_end(self) -> None:
         self.save()
+        for number in self._handled:
+            signal.signal(number, signal.SIG_DFL)
+        self._handled = []
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -392,3 +392,64 @@ def test_a_folder_has_one_writer(tmp_path):
         process.kill()
     # a dead one holds nothing
     assert train(tmp_path).num_timesteps == steps_done(tmp_path)
+
+
+TRAIN = """
+import sys
+import gymnasium as gym
+from stable_baselines3.common.callbacks import BaseCallback
+from sb3_softq import SoftQ
+from sb3_softq.checkpoint import ResumableCheckpoint
+
+class Ready(BaseCallback):
+    def _on_step(self):
+        if self.num_timesteps == 20:
+            print("ready", flush=True)
+        return True
+
+model = SoftQ("MlpPolicy", gym.make("Pendulum-v1"), policy_kwargs=dict(net_arch=[8]), batch_size=8, buffer_size=200_000)
+model.learn(200_000, callback=[ResumableCheckpoint(200_000, sys.argv[1]), Ready()])
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_saves(tmp_path, number, status):
+    with subprocess.Popen(
+        [sys.executable, "-c", TRAIN, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        # a shell's background job may ignore what its terminal sends
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(number)
+        assert process.wait(timeout=60) == status
+    model = reload(tmp_path)
+    assert model.num_timesteps == model.replay_buffer.size() >= 20
+
+
+def test_signals_are_the_programs_own_again(tmp_path):
+    for handler in (signal.SIG_DFL, lambda *_: None):
+        previous = signal.signal(signal.SIGTERM, handler)
+        try:
+            train(tmp_path)
+            assert signal.getsignal(signal.SIGTERM) is handler
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def test_a_signal_after_training_has_failed_ends_the_process(tmp_path):
+    program = TRAIN.replace("if self.num_timesteps == 20:", "if self.num_timesteps == 20:\n            raise KeyError")
+    program = program.replace("model.learn(", "try:\n    model.learn(") + (
+        "except KeyError:\n    pass\nimport os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == -signal.SIGTERM, result.stderr
