@@ -7,7 +7,6 @@ an old one is renamed away before it is deleted. Whenever a run is killed, its n
 """
 
 import os
-import random
 import re
 import shutil
 import signal
@@ -20,12 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-import numpy as np
-import torch as th
 from filelock import FileLock, Timeout
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
+from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
@@ -33,6 +30,16 @@ from sb3_softq import manifest
 from sb3_softq.checks import check_integer
 from sb3_softq.finite import check_parameters
 from sb3_softq.manifest import DamagedCheckpointError
+from sb3_softq.plain_files import (
+    PLAIN_BUFFERS,
+    load_buffer,
+    load_random_state,
+    load_vec_normalize,
+    save_buffer,
+    save_random_state,
+    save_vec_normalize,
+    set_random_state,
+)
 from sb3_softq.replay import check_newest, end_trajectory
 
 SelfOffPolicyAlgorithm = TypeVar("SelfOffPolicyAlgorithm", bound=OffPolicyAlgorithm)
@@ -138,11 +145,14 @@ class ResumableCheckpoint(BaseCallback):
         temporary.mkdir(parents=True)
 
         self.model.save(temporary / "model.zip")
-        self.model.save_replay_buffer(temporary / "replay_buffer.pkl")
-        save_to_pkl(temporary / "random.pkl", _random_state(self.model))
+        if type(self.model.replay_buffer) in PLAIN_BUFFERS:
+            save_buffer(self.model.replay_buffer, temporary / "replay_buffer.npz")
+        else:
+            self.model.save_replay_buffer(temporary / "replay_buffer.pkl")
+        save_random_state(self.model, temporary / "random.json")
         vec_normalize = self.model.get_vec_normalize_env()
         if vec_normalize is not None:
-            vec_normalize.save(str(temporary / "vec_normalize.pkl"))
+            save_vec_normalize(vec_normalize, temporary / "vec_normalize.json")
         manifest.write(temporary, self.model)
 
         for file in (*temporary.iterdir(), temporary):
@@ -225,19 +235,18 @@ def resume(
     folder, saved = _newest_intact(Path(path))
     manifest.check_class(saved, cls)
     env = env if isinstance(env, VecEnv) else cls._wrap_env(env)
-    statistics = folder / "vec_normalize.pkl"
+    # pickled before there was a manifest
+    statistics = folder / ("vec_normalize.json" if saved else "vec_normalize.pkl")
     if statistics.exists():
         env = _restore_vec_normalize(statistics, env)
     manifest.check_env(saved, env, other_env)
     model = cls.load(folder / "model.zip", env=env, **kwargs)
-    model.load_replay_buffer(folder / "replay_buffer.pkl")
-    assert model.replay_buffer is not None
-    end_trajectory(model.replay_buffer)
+    _restore_buffer(model, folder)
     if model.seed is not None:
         assert model.env is not None
         # load() seeded the environment as at the very beginning: its first episodes would come again
         model.env.seed(model.seed + model.num_timesteps)
-    _set_random_state(model, load_from_pkl(folder / "random.pkl"))
+    set_random_state(model, load_random_state(folder / "random.json") if saved else load_from_pkl(folder / "random.pkl"))
     return model
 
 
@@ -295,31 +304,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _random_state(model: OffPolicyAlgorithm) -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": th.get_rng_state(),
-        "cuda": th.cuda.get_rng_state_all() if th.cuda.is_available() else [],
-        # draws the actions before learning starts
-        "action_space": model.action_space.np_random.bit_generator.state,
-    }
-
-
-def _set_random_state(model: OffPolicyAlgorithm, state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    th.set_rng_state(state["torch"])
-    if len(state["cuda"]) == th.cuda.device_count():
-        th.cuda.set_rng_state_all(state["cuda"])
-    model.action_space.np_random.bit_generator.state = state["action_space"]
+def _restore_buffer(model: OffPolicyAlgorithm, folder: Path) -> None:
+    assert model.replay_buffer is not None
+    if (folder / "replay_buffer.npz").exists():
+        load_buffer(model.replay_buffer, folder / "replay_buffer.npz")
+    else:
+        model.load_replay_buffer(folder / "replay_buffer.pkl")
+    end_trajectory(model.replay_buffer)
 
 
 def _restore_vec_normalize(statistics: Path, env: VecEnv) -> VecEnv:
+    def load(env: VecEnv) -> VecNormalize:
+        return load_vec_normalize(statistics, env) if statistics.suffix == ".json" else VecNormalize.load(str(statistics), env)
+
     vec_normalize = unwrap_vec_normalize(env)
     if vec_normalize is None:
-        return VecNormalize.load(str(statistics), env)
-    saved = VecNormalize.load(str(statistics), vec_normalize.venv)
+        return load(env)
+    saved = load(vec_normalize.venv)
     if vec_normalize.norm_obs != saved.norm_obs:
         raise ValueError(
             f"VecNormalize(norm_obs={vec_normalize.norm_obs!r}) is not allowed: "

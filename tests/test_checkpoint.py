@@ -205,7 +205,7 @@ def test_interrupted_at_every_call(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.os, "fsync", dying(os.fsync))
     monkeypatch.setattr(checkpoint.os, "unlink", dying(os.unlink))
     monkeypatch.setattr(checkpoint.shutil, "rmtree", dying(shutil.rmtree))
-    monkeypatch.setattr(checkpoint, "save_to_pkl", dying(checkpoint.save_to_pkl))
+    monkeypatch.setattr(checkpoint, "save_random_state", dying(checkpoint.save_random_state))
     seen = set()
     for n_calls in range(40):
         old_steps = steps_done(tmp_path)
@@ -264,7 +264,7 @@ def flip(file):
     file.write_bytes(data)
 
 
-FILES = ("model.zip", "replay_buffer.pkl", "random.pkl", "vec_normalize.pkl", "manifest.json")
+FILES = ("model.zip", "replay_buffer.npz", "random.json", "vec_normalize.json", "manifest.json")
 DAMAGES = {
     "flipped": flip,
     "cut off": lambda file: file.write_bytes(file.read_bytes()[:-1]),
@@ -291,12 +291,12 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, name, damage):
 
 def test_nothing_left(tmp_path):
     two_checkpoints(tmp_path)
-    flip(tmp_path / "checkpoint-1-step30" / "replay_buffer.pkl")
+    flip(tmp_path / "checkpoint-1-step30" / "replay_buffer.npz")
     (tmp_path / "checkpoint-2-step60" / "model.zip").unlink()
     assert not has_checkpoint(tmp_path)
     with (
         pytest.warns(UserWarning, match="set aside"),
-        pytest.raises(ValueError, match=r"All checkpoints are damaged: .*model.zip is missing; .*replay_buffer.pkl has other"),
+        pytest.raises(ValueError, match=r"All checkpoints are damaged: .*model.zip is missing; .*replay_buffer.npz has other"),
     ):
         reload(tmp_path)
 

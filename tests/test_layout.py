@@ -22,6 +22,7 @@ LEVELS = (
         "annealing",
         "stacking",
         "manifest",
+        "plain_files",
     ),
     ("products",),
     ("options", "networks"),
