@@ -102,6 +102,7 @@ class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
     action_space: spaces.Box
     # for agents of release 0.1.0, whose actor is a single sampler
     has_experts = False
+    plain_objects: ClassVar[dict[str, type]] = {"particle_options": ParticleOptions, "annealing_clock": Annealing}
     floats = (*MaximumEntropyAlgorithm.floats, "actor_learning_rate")
     integers: ClassVar[dict[str, int]] = MaximumEntropyAlgorithm.integers | {
         "policy_delay": 1,

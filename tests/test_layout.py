@@ -23,6 +23,7 @@ LEVELS = (
         "stacking",
         "manifest",
         "plain_files",
+        "untrusted",
     ),
     ("products",),
     ("options", "networks"),

@@ -1,0 +1,106 @@
+"""
+Agents saved by Stable-Baselines3 without trust in who saved them: what is pickled in their zip is not unpickled, since that
+runs what a stranger wrote, but taken from the JSON beside it, from the caller, or refused by name.
+"""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.vec_env import VecEnv
+
+# A file of zeros takes a thousandth of its size in a zip: networks do not
+MAX_RATIO = 20
+MAX_JSON = 64 * 2**20
+# State of a training, without which an agent acts, and begins another episode
+_FORGOTTEN = ("_last_obs", "_last_episode_starts", "_last_original_obs", "ep_info_buffer", "ep_success_buffer")
+
+
+def objects_without_unpickling(
+    cls: type[BaseAlgorithm],
+    path: str | Path | io.BufferedIOBase,
+    env: VecEnv | None,
+    custom_objects: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    rebuilt: Mapping[str, type],
+) -> dict[str, Any]:
+    """
+    What ``load`` takes in place of each pickled object in a zip of Stable-Baselines3. Weights are read by ``torch.load`` with
+    ``weights_only=True`` there.
+
+    :param cls: Class of the algorithm
+    :param path: The zip
+    :param env: Environments, whose spaces are the agent's; or ``custom_objects`` holds these
+    :param custom_objects: Objects of the caller, which replace those of the file
+    :param arguments: Arguments of ``load`` that replace what was saved
+    :param rebuilt: Attributes whose fields are plain in the JSON, and their dataclasses
+    :return: ``custom_objects`` and what was found
+    :raises ValueError: if an object can be had from nowhere, naming it, or if a file in the zip would grow when it is read
+    """
+    file = open_path(path, "r", suffix="zip")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            _refuse_bombs(archive, str(path))
+            data = json.loads(archive.read("data"))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{path} is not an agent that Stable-Baselines3 has saved ({error})") from error
+    finally:
+        if isinstance(path, str | Path):
+            file.close()
+        else:
+            path.seek(0)
+    found: dict[str, Any] = dict(custom_objects)
+    for name, entry in data.items():
+        if name in found or not (isinstance(entry, dict) and ":serialized:" in entry):
+            continue
+        if name in arguments or name in _FORGOTTEN or name == "lr_schedule":
+            # given, not needed, or made from learning_rate
+            found[name] = None
+        elif name == "policy_class":
+            found[name] = _policy_class(cls, entry)
+        elif name in ("observation_space", "action_space") and env is not None:
+            found[name] = getattr(env, name)
+        elif name == "train_freq":
+            found[name] = TrainFreq(1, TrainFrequencyUnit.STEP)
+        elif name in rebuilt:
+            fields = rebuilt[name].__dataclass_fields__  # type: ignore[attr-defined]
+            found[name] = rebuilt[name](**{key: value for key, value in entry.items() if key in fields})
+        else:
+            raise ValueError(
+                f"{name} is pickled in {path}, and is not read from a file without trust: it must come from the caller, as "
+                f"{'env or ' if name.endswith('_space') else ''}custom_objects={{{name!r}: ...}}"
+            )
+    return found
+
+
+def _policy_class(cls: type[BaseAlgorithm], entry: dict[str, Any]) -> type:
+    """One of the algorithm's own, by the name in the JSON."""
+    match = re.match(r"<function (\w+)\.__init__ at", str(entry.get("__init__")))
+    known = {policy.__name__: policy for policy in cls.policy_aliases.values()}
+    if match is None or match[1] not in known:
+        raise ValueError(
+            f"policy_class={match and match[1]!r} is not allowed from a file without trust: it must be one of "
+            f"{', '.join(known)}, or come from the caller, as custom_objects={{'policy_class': ...}}"
+        )
+    return known[match[1]]
+
+
+def _refuse_bombs(archive: zipfile.ZipFile, path: str) -> None:
+    """A file that grows when it is read, in the archive or in one of torch's archives in it."""
+    for info in archive.infolist():
+        holds_tensors = info.filename.endswith(".pth")
+        too_large = info.filename == "data" and info.file_size > MAX_JSON
+        if too_large or info.file_size > MAX_RATIO * max(info.compress_size, 1024):
+            raise ValueError(f"{info.filename} in {path} would have {info.file_size} bytes: it is not read without trust")
+        if holds_tensors:
+            inner = io.BytesIO(archive.read(info))
+            if zipfile.is_zipfile(inner):
+                with zipfile.ZipFile(inner) as tensors:
+                    _refuse_bombs(tensors, f"{path}/{info.filename}")
