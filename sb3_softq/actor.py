@@ -28,6 +28,9 @@ HEAD_ARCH = (64, 64)
 N_EXPERTS = 16
 # Standard deviation of the noise of one of several experts, whose centres have the rest of a variance of 1
 EXPERT_STD = 0.5
+# Probability that the experts share whatever the gate says. One that weighed nothing would see in the density at its particles
+# not itself but the tails of narrow experts far away, whose score is huge: it would be thrown out of the box, the others too
+GATE_FLOOR = 0.01
 # Fixed particles of the deterministic action, at least
 N_FIXED_PARTICLES = 32
 # Particles that smoothing="local" draws to smooth one action
@@ -198,14 +201,14 @@ class SamplingActor(Freezable, BasePolicy):
     def _activate_head(self, depth: int, hidden: th.Tensor) -> th.Tensor:
         return activate(self.head[2 * depth + 1], hidden)
 
-    def gate_log_probs(self, features: th.Tensor) -> th.Tensor:
+    def gate_probs(self, features: th.Tensor) -> th.Tensor:
         """
         :param features: Of the states, see :meth:`features`
-        :return: Log-probabilities of the experts, shape (batch_size, n_experts)
+        :return: Probabilities of the experts, shape (batch_size, n_experts)
         """
         if self.gate is None:
-            return features.new_zeros(len(features), 1)
-        return th.log_softmax(self.gate(features).float(), dim=1)
+            return features.new_ones(len(features), 1)
+        return th.softmax(self.gate(features).float(), dim=1) * (1.0 - GATE_FLOOR) + GATE_FLOOR / self.n_experts
 
     def log_weights(self, features: th.Tensor, experts: th.Tensor) -> th.Tensor:
         """
@@ -213,12 +216,12 @@ class SamplingActor(Freezable, BasePolicy):
         :param experts: Numbers of experts, shape (batch_size, n_particles)
         :return: Their log-probabilities, same shape
         """
-        log_probs = self.gate_log_probs(features)
+        probs = self.gate_probs(features)
         if self.gate is None:
-            return log_probs.expand_as(experts)
+            return th.log(probs).expand_as(experts)
         # not gather, whose gradient has no deterministic implementation on CUDA
         one_hot = self.expert_noise[:, self.action_dim :][experts]
-        return (one_hot * log_probs.unsqueeze(1)).sum(dim=2)
+        return th.log((one_hot * probs.unsqueeze(1)).sum(dim=2))
 
     def spread_experts(self, batch_size: int, n_particles: int) -> th.Tensor:
         """
@@ -245,7 +248,7 @@ class SamplingActor(Freezable, BasePolicy):
         """
         if self.gate is None:
             return th.zeros(len(features), n_particles, dtype=th.long, device=self.device)
-        probs = th.softmax(self.gate(features).float(), dim=1)
+        probs = self.gate_probs(features)
         if not stratified:
             return probs.multinomial(n_particles, replacement=True)
         strata = th.arange(n_particles, device=self.device)
@@ -328,7 +331,7 @@ class SamplingActor(Freezable, BasePolicy):
         mean, log_std = self.particles(features, self.xi_bank.unsqueeze(0))
         if self.gate is None:
             return mixture_mode(mean[:, 0], mean, log_std)
-        log_weights = self.gate(features)
+        log_weights = th.log(self.gate_probs(features))
         heaviest = log_weights.argmax(dim=1)[:, None, None].expand(-1, 1, self.action_dim)
         log_weights = log_weights.repeat(1, len(self.xi_bank) // self.n_experts)
         return mixture_mode(mean.gather(1, heaviest).squeeze(1), mean, log_std, log_weights)

@@ -1,5 +1,6 @@
 """The sampling actor: its networks, which of the two is asked, and its deterministic action."""
 
+import math
 from functools import partial
 from unittest.mock import patch
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch as th
 
+from sb3_softq.actor import GATE_FLOOR
+from sb3_softq.soft_value import mixture_log_prob_and_score
 from tests.conftest import check_training, hidden_sizes, small
 
 
@@ -69,7 +72,7 @@ def test_experts_are_drawn_by_the_gate_and_taught_in_turn():
     with th.no_grad():
         actor.gate.bias.copy_(th.linspace(-3, 3, 16))
         features = actor.features(obs)
-        expected = actor.gate_log_probs(features)[0].exp()
+        expected = actor.gate_probs(features)[0]
         for n_particles, stratified in ((5, False), (5, True), (1, True)):
             drawn = actor.draw_experts(features, n_particles, stratified)
             assert drawn.shape == (4_000, n_particles)
@@ -122,7 +125,30 @@ def test_the_gate_learns_which_expert_is_better():
         for _ in range(300):
             model._minimize(type(model).actor_loss, model.actor.optimizer, th.zeros(64, 3), model.ent_coef_tensor)
     with th.no_grad():
-        weights = model.actor.gate_log_probs(model.actor.features(th.zeros(1, 3)))[0].exp()
+        weights = model.actor.gate_probs(model.actor.features(th.zeros(1, 3)))[0]
     start = model.actor.expert_noise[:, 0]
     assert weights[start > 0].sum() > 0.9
     assert weights.max() < 0.9
+
+
+def test_no_expert_loses_all_weight():
+    """
+    Or the score at its particles would be that of a narrow expert far away, not its own: it was, by 1,000 times what moves
+    particles else, and threw all of them to the edge of the box.
+    """
+    actor = small().actor
+    features = actor.features(th.zeros(1, 3))
+    with th.no_grad():
+        actor.gate.bias.copy_(th.tensor([0.0] + [-1000.0] * 15))
+        log_weights = actor.log_weights(features, th.arange(16).unsqueeze(0))
+        assert log_weights.exp().sum().item() == pytest.approx(1.0)
+        assert log_weights.min().item() == pytest.approx(math.log(GATE_FLOOR / 16), abs=1e-5)
+    # the heavy one is narrow and 40 of its widths away
+    mean = th.tensor([[[2.0]] + [[0.0]] * 15]).reshape(1, 16, 1)
+    log_std = th.tensor([math.log(0.05)] + [math.log(0.3)] * 15).reshape(1, 16, 1)
+    _, score = mixture_log_prob_and_score(th.zeros(1, 1, 1), mean, log_std, log_weights)
+    assert score.abs().item() < 1.0
+    with th.no_grad():
+        unbounded = th.log_softmax(actor.gate(features), dim=1)
+    _, score = mixture_log_prob_and_score(th.zeros(1, 1, 1), mean, log_std, unbounded)
+    assert score.item() == pytest.approx(2.0 / 0.05**2, rel=1e-3)

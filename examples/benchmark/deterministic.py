@@ -8,7 +8,6 @@ Each zip is a SoftQ agent saved by ``model.save``; its environment is the name o
 """
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +37,7 @@ def bank(model: SoftQ, obs: th.Tensor, trained: bool = False) -> Bank:
     features = actor.features(obs)
     mean, log_std = actor.particles(features, actor.xi_bank.unsqueeze(0))
     repeats = len(actor.xi_bank) // actor.n_experts
-    return Bank(mean, log_std, actor.gate_log_probs(features).repeat(1, repeats) - math.log(repeats))
+    return Bank(mean, log_std, actor.gate_probs(features).repeat(1, repeats).div(repeats).log())
 
 
 def q_values(model: SoftQ, obs: th.Tensor, u: th.Tensor) -> th.Tensor:
