@@ -329,8 +329,6 @@ class SamplingActor(Freezable, BasePolicy):
         """
         features = self.features(obs)
         mean, log_std = self.particles(features, self.xi_bank.unsqueeze(0))
-        if self.gate is None:
-            return mixture_mode(mean[:, 0], mean, log_std)
         log_weights = th.log(self.gate_probs(features))
         heaviest = log_weights.argmax(dim=1)[:, None, None].expand(-1, 1, self.action_dim)
         log_weights = log_weights.repeat(1, len(self.xi_bank) // self.n_experts)

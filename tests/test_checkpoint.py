@@ -276,8 +276,6 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, name, damage):
-    if (name, damage) == ("manifest.json", "missing"):
-        pytest.skip("as checkpoints were before there was one")
     two_checkpoints(tmp_path, env=VecNormalize(DummyVecEnv([pendulum])))
     DAMAGES[damage](tmp_path / "checkpoint-2-step60" / name)
     assert steps_done(tmp_path) == 30
