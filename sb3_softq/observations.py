@@ -27,4 +27,9 @@ def evenly_spaced(obs: PyTorchObs, n: int) -> PyTorchObs:
     :param n: How many at most
     :return: n of them, evenly spaced: HerReplayBuffer has those with goals of its own at the end
     """
-    return obs if n >= batch_size(obs) else rows(obs, th.arange(n) * batch_size(obs) // n)
+    size = batch_size(obs)
+    if n >= size:
+        return obs
+    device = next(iter(obs.values())).device if isinstance(obs, dict) else obs.device
+    # there, since CUDA waits for an index that comes from elsewhere
+    return rows(obs, th.arange(n, device=device) * size // n)

@@ -125,4 +125,5 @@ def weighted_mean(values: th.Tensor, log_weights: th.Tensor) -> th.Tensor:
     :param log_weights: Log of their components' weights, same shape
     :return: Scalar
     """
-    return th.softmax(log_weights.flatten(), dim=0) @ values.flatten()
+    # not a product of vectors, which autocast does in bfloat16 on CUDA
+    return (th.softmax(log_weights.flatten(), dim=0) * values.flatten()).sum()

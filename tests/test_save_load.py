@@ -178,7 +178,8 @@ def test_device(tmp_path, device):
     make().save(tmp_path / "model")
     loaded = load(tmp_path / "model", device=device)
     tensors = [*loaded.policy.state_dict().values(), loaded.log_ent_coef, loaded.actor.xi_bank]
-    assert {tensor.device for tensor in tensors} == {loaded.device}
+    # of the first GPU alone the number is left out
+    assert {tensor.device.type for tensor in tensors} == {loaded.device.type}
 
 
 def test_state_dict_holds_floats_only():
