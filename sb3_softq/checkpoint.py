@@ -91,7 +91,7 @@ class ResumableCheckpoint(BaseCallback):
         self.path = Path(path)
         self.keep = check_integer("keep", keep, 1)
         self._saved_at = 0
-        # whether the last step of the environments is in the replay buffer
+        # where the environments and the replay buffer are at the same step
         self._is_between_rollouts = True
         self._warned_of: set[str] = set()
         self._lock: FileLock | None = None
@@ -123,9 +123,9 @@ class ResumableCheckpoint(BaseCallback):
             raise SystemExit(128 + self._signal)
         if self.model.num_timesteps - self._saved_at >= self.save_freq:
             self.save()
+        self._is_between_rollouts = False
 
     def _on_step(self) -> bool:
-        self._is_between_rollouts = False
         return True
 
     def _on_rollout_end(self) -> None:

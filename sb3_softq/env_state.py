@@ -5,8 +5,7 @@ The state of an environment in the middle of an episode. Known are
   ``get_state()`` and ``set_state(state)``, the state being made of numbers, strings, arrays, lists, tuples and dicts;
 - wrappers that keep nothing but such values in their attributes.
 
-Each layer of wrappers is asked for what it keeps itself. Generators of random numbers (``np_random``, those of spaces) belong
-to the state.
+Each layer of wrappers is asked for what it keeps itself, with its generators of random numbers.
 """
 
 import hashlib
@@ -39,8 +38,8 @@ _KNOWN = (_CLASSIC, "gymnasium.envs.mujoco", "sb3_softq.envs", "stable_baselines
 # What an environment was made from
 _NO_STATE = {"env", "spec", "metadata", "render_mode", "mujoco_renderer", "_cached_spec", "_metadata", "_saved_kwargs"}
 _NO_STATE |= {"_ezpickle_args", "_ezpickle_kwargs"}
-_WINDOW = {"screen", "clock", "surf", "isopen"}
-_CLOCK_AND_FILE = {"t_start", "results_writer"}
+# Where it is drawn, and when and where Monitor writes
+_WINDOW, _CLOCK_AND_FILE = {"screen", "clock", "surf", "isopen"}, {"t_start", "results_writer"}
 _CONSTANTS = (type, ModuleType, EnvSpec)
 # Those that may change in place
 _CONTAINERS = (list, dict, deque, np.ndarray, np.random.Generator)
@@ -58,7 +57,7 @@ setattr(gym.Env, CALL, _call)
 def capture(env: Env) -> State | str:
     """State of each layer by the name of its class, or why it cannot be had."""
     try:
-        found = [(type(layer).__name__, _state(layer)) for layer in _layers(env)]
+        found = [(_name(layer), _state(layer)) for layer in _layers(env)]
         encode(found, {}, "state")
     # an error would end the process of a SubprocVecEnv
     except Exception as error:
@@ -69,8 +68,9 @@ def capture(env: Env) -> State | str:
 def refusal(env: Env, saved: State) -> str | None:
     """Why a state cannot be restored, None if it can; nothing is changed."""
     layers = list(_layers(env))
-    if [type(layer).__name__ for layer in layers] != [name for name, _ in saved]:
-        return f"it was {[name for name, _ in saved]} and is {[type(layer).__name__ for layer in layers]}"
+    here, there = [_name(layer) for layer in layers], [name for name, _ in saved]
+    if here != there:
+        return f"it was {there} and is {here}"
     changing = _changing(layers)
     for layer, (_, state) in zip(layers, saved, strict=True):
         for name, value in state.items():
@@ -129,6 +129,12 @@ def _layers(env: Env) -> Iterator[Env]:
         yield env
 
 
+def _name(layer: Env) -> str:
+    """Of its class; the RL Zoo puts one of its own in the place of gymnasium's ``TimeLimit`` when it is imported."""
+    names = [cls.__name__ for cls in type(layer).__mro__]
+    return "TimeLimit" if "TimeLimit" in names else names[0]
+
+
 def _state(layer: Env) -> dict[str, Any]:
     """What a layer would have to be given back."""
     cls = type(layer)
@@ -141,9 +147,8 @@ def _state(layer: Env) -> dict[str, Any]:
     modules = [parent.__module__ for parent in cls.__mro__]
     if not isinstance(layer, gym.Wrapper) and not any(module.startswith(_KNOWN) for module in modules):
         raise OpaqueError(f"{cls.__name__} has no get_state() and set_state(state)")
-    without = _NO_STATE | (_CLOCK_AND_FILE if isinstance(layer, Monitor) else set())
-    if any(module.startswith(_CLASSIC) for module in modules):
-        without |= _WINDOW
+    is_classic = any(module.startswith(_CLASSIC) for module in modules)
+    without = _NO_STATE | (_CLOCK_AND_FILE if isinstance(layer, Monitor) else _WINDOW if is_classic else set())
     found = {}
     for name, value in vars(layer).items():
         if name == "data" and _has_mujoco(layer):
@@ -166,18 +171,15 @@ def _is_shared(layer: Env, value: Any) -> bool:
     owner: Any = value
     while isinstance(owner.base, np.ndarray):
         owner = owner.base
-    # that of MuJoCo, say
+    # or memory of MuJoCo, say
     return owner.base is not None or any(np.may_share_memory(value, other) for other in others)
 
 
 def _is_constant(value: Any) -> bool:
-    if isinstance(value, FunctionType):
-        # which may keep something there
-        return value.__closure__ is None
-    if isinstance(value, BuiltinFunctionType):
-        # a method of an object, or a function
-        return isinstance(value.__self__, ModuleType)
-    return isinstance(value, _CONSTANTS)
+    # not a function that keeps something, nor the method of an object
+    if isinstance(value, FunctionType) and value.__closure__ is None:
+        return True
+    return isinstance(getattr(value, "__self__", None) if isinstance(value, BuiltinFunctionType) else value, _CONSTANTS)
 
 
 def _has_pair(cls: type) -> bool:
@@ -222,8 +224,7 @@ def _mujoco_state(layer: Env) -> dict[str, Any]:
     What MuJoCo integrates, and what it has derived from that: positions of bodies belong to the state before its last step,
     so that they cannot be computed anew, and environments read them before they take theirs.
     """
-    mujoco = sys.modules["mujoco"]
-    model, data = vars(layer)["model"], vars(layer)["data"]
+    mujoco, model, data = sys.modules["mujoco"], vars(layer)["model"], vars(layer)["data"]
     state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
     mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
     written = np.zeros(mujoco.mj_sizeModel(model), np.uint8)
@@ -242,8 +243,7 @@ def _derived(model: Any, data: Any) -> dict[str, np.ndarray]:
 
 
 def _set_mujoco_state(layer: Env, value: dict[str, Any]) -> None:
-    mujoco = sys.modules["mujoco"]
-    model, data = vars(layer)["model"], vars(layer)["data"]
+    mujoco, model, data = sys.modules["mujoco"], vars(layer)["model"], vars(layer)["data"]
     for name, array in _derived(model, data).items():
         array[...] = value["derived"][name]
     mujoco.mj_setState(model, data, value["integrated"], mujoco.mjtState.mjSTATE_INTEGRATION)

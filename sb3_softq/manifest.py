@@ -39,8 +39,7 @@ def write(folder: Path, model: OffPolicyAlgorithm, base: Path | None = None, old
     :param old: Names of files that come from there: they have to be what was written at that time, and are not read now
     """
     env = model.get_env()
-    files = {} if base is None or not old else json.loads((base / NAME).read_text())["files"]
-    files = {name: files[name] for name in old}
+    files = {} if base is None else _entries(base, old)
     manifest = {
         "format": FORMAT,
         "versions": {
@@ -154,6 +153,15 @@ def check_env(manifest: dict[str, Any], env: VecEnv, other_env: bool) -> None:
         if saved == value or (name == "env" and (other_env or saved is None or value is None)):
             continue
         raise ValueError(f"{name}={value} is not allowed: the checkpoint has {name}={saved}{hint.get(name, '')}")
+
+
+def _entries(base: Path, names: Collection[str]) -> dict[str, Any]:
+    """Of files in the manifest of another folder; none if that cannot be read, so that the files are."""
+    try:
+        files = json.loads((base / NAME).read_text())["files"]
+        return {name: files[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _attribute(env: VecEnv, name: str) -> list[Any] | None:

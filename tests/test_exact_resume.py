@@ -335,12 +335,25 @@ class Stop(BaseCallback):
         return self.num_timesteps < 50
 
 
+class Interrupted(gym.Wrapper):
+    def step(self, action):
+        result = super().step(action)
+        if self.get_wrapper_attr("total_steps") == 50:
+            raise KeyboardInterrupt
+        return result
+
+
 def test_stopped_in_the_middle_of_a_rollout(tmp_path):
     """Stable-Baselines3 drops that step: environment and buffer are not at the same moment, and a new episode begins."""
-    small(env=env("Pendulum-v1")(), buffer_size=500).learn(100, callback=[ResumableCheckpoint(1_000, tmp_path), Stop()])
-    assert not (latest(tmp_path) / "environments.npz").exists()
-    model = resume(SoftQ, tmp_path, env("Pendulum-v1")())
-    assert model.replay_buffer.dones[model.replay_buffer.pos - 1].all()
+    for make, callbacks in ((env("Pendulum-v1"), [Stop()]), (lambda: Interrupted(env("Pendulum-v1")()), [])):
+        checkpoint = ResumableCheckpoint(1_000, tmp_path)
+        try:
+            small(env=make(), buffer_size=500).learn(100, callback=[checkpoint, *callbacks])
+        except KeyboardInterrupt:
+            checkpoint.save()
+        assert not (latest(tmp_path) / "environments.npz").exists()
+        model = resume(SoftQ, tmp_path, make())
+        assert model.replay_buffer.dones[model.replay_buffer.pos - 1].all()
 
 
 def test_an_environment_that_cannot_take_its_state(tmp_path):
