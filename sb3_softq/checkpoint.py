@@ -259,9 +259,10 @@ def resume(
     with ``model.learn(n_steps_in_all - model.num_timesteps, reset_num_timesteps=False)``: schedules depend on the number of
     all steps, which has to be the one that the run began with.
 
-    Where the state of all environments could be saved (:mod:`sb3_softq.episodes` says which have one), the same machine, with
-    the same number of threads, computes what the run would have computed that was not interrupted, to the bit. Elsewhere the
-    environments are seeded anew, and the episodes that were going on are cut off, as by a time limit.
+    Where the state of all environments could be saved (:mod:`sb3_softq.episodes` says of which), the same machine computes on
+    as many threads of its CPU what the run would have computed that was not interrupted, to the bit; SAC and TD3 too, but for
+    gSDE and for action noise with a memory. Elsewhere the environments are seeded anew, and the episodes that were going on
+    are cut off, as by a time limit.
 
     :param cls: Class of the algorithm, such as ``SoftQ``
     :param path: Folder of the checkpoints

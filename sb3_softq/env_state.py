@@ -8,9 +8,7 @@ The state of an environment in the middle of an episode. Known are
 Each layer of wrappers is asked for what it keeps itself, with its generators of random numbers.
 """
 
-import hashlib
 import inspect
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -23,6 +21,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import PassiveEnvChecker
 from stable_baselines3.common.monitor import Monitor
 
+from sb3_softq.mujoco_state import has_mujoco, mujoco_state, set_mujoco_state
 from sb3_softq.plain_values import OpaqueError, encode, stored_names
 
 Env = gym.Env[Any, Any]
@@ -46,7 +45,11 @@ _CONTAINERS = (list, dict, deque, np.ndarray, np.random.Generator)
 
 
 def _call(env: Env, function: Callable[..., Any], *args: Any) -> Any:
-    return function(env, *args)
+    """What the function returns, or why it could not: an error would end the process of a SubprocVecEnv."""
+    try:
+        return function(env, *args)
+    except Exception as error:
+        return str(error) if isinstance(error, OpaqueError) else f"{type(error).__name__}: {error}"
 
 
 # The process of a SubprocVecEnv calls methods of its environment, and nothing else: it imports this module where it is told
@@ -54,19 +57,23 @@ def _call(env: Env, function: Callable[..., Any], *args: Any) -> Any:
 setattr(gym.Env, CALL, _call)
 
 
-def capture(env: Env) -> State | str:
-    """State of each layer by the name of its class, or why it cannot be had."""
-    try:
-        found = [(_name(layer), _state(layer)) for layer in _layers(env)]
-        encode(found, {}, "state")
-    # an error would end the process of a SubprocVecEnv
-    except Exception as error:
-        return str(error) if isinstance(error, OpaqueError) else f"{type(error).__name__}: {error}"
+def capture(env: Env) -> State:
+    """
+    :param env: An environment
+    :return: State of each layer by the name of its class
+    :raises OpaqueError: if it cannot be had
+    """
+    found = [(_name(layer), _state(layer)) for layer in _layers(env)]
+    encode(found, {}, "state")
     return found
 
 
 def refusal(env: Env, saved: State) -> str | None:
-    """Why a state cannot be restored, None if it can; nothing is changed."""
+    """
+    :param env: An environment, which is not changed
+    :param saved: Of :func:`capture`
+    :return: Why this cannot be restored, None if it can
+    """
     layers = list(_layers(env))
     here, there = [_name(layer) for layer in layers], [name for name, _ in saved]
     if here != there:
@@ -75,37 +82,35 @@ def refusal(env: Env, saved: State) -> str | None:
     for layer, (_, state) in zip(layers, saved, strict=True):
         for name, value in state.items():
             own = vars(layer).get(name)
-            if name == "data" and _has_mujoco(layer):
-                if value["model"] != _mujoco_state(layer)["model"]:
+            if name == "data" and has_mujoco(layer):
+                if value["model"] != mujoco_state(layer)["model"]:
                     return "MuJoCo's model is another one"
             elif name != STATE and not _may_change(own, value, name in changing) and not _same(own, value):
                 return f"{type(layer).__name__}.{name} was {value!r} and is {own!r}, and no method changes it"
     return None
 
 
-def restore(env: Env, saved: State) -> str | None:
-    """Put it where it was; or why that fails, after which it has to be reset."""
+def restore(env: Env, saved: State) -> None:
+    """
+    :param env: An environment, which has to be reset if this fails
+    :param saved: Of :func:`capture`
+    """
     layers = list(_layers(env))
     changing = _changing(layers)
-    try:
-        for layer, (_, state) in zip(layers, saved, strict=True):
-            for name, value in state.items():
-                _restore_attribute(layer, name, value, name in changing)
-            if isinstance(layer, PassiveEnvChecker):
-                # it compares the first step with a reset, which there was not
-                layer.checked_reset = layer.checked_step = layer.checked_data_reuse = True
-    # an error would end the process of a SubprocVecEnv
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    for layer, (_, state) in zip(layers, saved, strict=True):
+        for name, value in state.items():
+            _restore_attribute(layer, name, value, name in changing)
+        if isinstance(layer, PassiveEnvChecker):
+            # it compares the first step with a reset, which there was not
+            layer.checked_reset = layer.checked_step = layer.checked_data_reuse = True
 
 
 def _restore_attribute(layer: Env, name: str, value: Any, is_changing: bool) -> None:
     own = vars(layer).get(name)
     if name == STATE:
         layer.set_state(value)  # type: ignore[attr-defined]
-    elif name == "data" and _has_mujoco(layer):
-        _set_mujoco_state(layer, value)
+    elif name == "data" and has_mujoco(layer):
+        set_mujoco_state(layer, value)
     elif isinstance(own, spaces.Space):
         for space, generator in zip(_spaces(own), value, strict=True):
             space._np_random = generator
@@ -151,11 +156,11 @@ def _state(layer: Env) -> dict[str, Any]:
     without = _NO_STATE | (_CLOCK_AND_FILE if isinstance(layer, Monitor) else _WINDOW if is_classic else set())
     found = {}
     for name, value in vars(layer).items():
-        if name == "data" and _has_mujoco(layer):
-            found[name] = _mujoco_state(layer)
+        if name == "data" and has_mujoco(layer):
+            found[name] = mujoco_state(layer)
         elif isinstance(value, spaces.Space):
             found[name] = [space._np_random for space in _spaces(value)]
-        elif name not in without and not _is_constant(value) and not (name == "model" and _has_mujoco(layer)):
+        elif name not in without and not _is_constant(value) and not (name == "model" and has_mujoco(layer)):
             if name in _changing([layer]) and _is_shared(layer, value):
                 raise OpaqueError(f"{cls.__name__}.{name} shares its memory with something else")
             encode(value, {}, f"{cls.__name__}.{name}")
@@ -210,40 +215,3 @@ def _spaces(space: spaces.Space[Any]) -> Iterator[spaces.Space[Any]]:
     inner = getattr(space, "spaces", ())
     for part in inner.values() if isinstance(inner, dict) else inner:
         yield from _spaces(part)
-
-
-def _has_mujoco(layer: Env) -> bool:
-    """Whether it keeps MuJoCo's data beside their model."""
-    mujoco = sys.modules.get("mujoco")
-    kinds = [type(vars(layer).get(name)) for name in ("model", "data")]
-    return mujoco is not None and kinds == [mujoco.MjModel, mujoco.MjData]
-
-
-def _mujoco_state(layer: Env) -> dict[str, Any]:
-    """
-    What MuJoCo integrates, and what it has derived from that: positions of bodies belong to the state before its last step,
-    so that they cannot be computed anew, and environments read them before they take theirs.
-    """
-    mujoco, model, data = sys.modules["mujoco"], vars(layer)["model"], vars(layer)["data"]
-    state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
-    mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-    written = np.zeros(mujoco.mj_sizeModel(model), np.uint8)
-    mujoco.mj_saveModel(model, None, written)
-    return {"integrated": state, "derived": _derived(model, data), "model": hashlib.sha256(written.tobytes()).hexdigest()}
-
-
-def _derived(model: Any, data: Any) -> dict[str, np.ndarray]:
-    # those of contacts and constraints, of which new data have none, are made anew in each step. No integers: MuJoCo uses them
-    # as indices, and the file may be a stranger's
-    fresh = sys.modules["mujoco"].MjData(model)
-    names = [name for name in dir(fresh) if not name.startswith("_")]
-    values = {name: getattr(fresh, name) for name in names}
-    found = [name for name, x in values.items() if isinstance(x, np.ndarray) and x.size > 0 and x.dtype == np.float64]
-    return {name: getattr(data, name) for name in found}
-
-
-def _set_mujoco_state(layer: Env, value: dict[str, Any]) -> None:
-    mujoco, model, data = sys.modules["mujoco"], vars(layer)["model"], vars(layer)["data"]
-    for name, array in _derived(model, data).items():
-        array[...] = value["derived"][name]
-    mujoco.mj_setState(model, data, value["integrated"], mujoco.mjtState.mjSTATE_INTEGRATION)

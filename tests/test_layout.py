@@ -24,6 +24,7 @@ LEVELS = (
         "manifest",
         "plain_files",
         "plain_values",
+        "mujoco_state",
         "untrusted",
     ),
     ("products", "env_state", "segments"),
