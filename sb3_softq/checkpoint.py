@@ -28,25 +28,29 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_no
 
 from sb3_softq import manifest
 from sb3_softq.checks import check_integer
+from sb3_softq.episodes import restore_environments, save_environments
 from sb3_softq.finite import check_parameters
 from sb3_softq.manifest import DamagedCheckpointError
+from sb3_softq.off_policy import CheckedOffPolicyAlgorithm
 from sb3_softq.plain_files import (
     PLAIN_BUFFERS,
-    load_buffer,
     load_random_state,
     load_vec_normalize,
-    save_buffer,
     save_random_state,
     save_vec_normalize,
     set_random_state,
 )
+from sb3_softq.plain_values import stored_names
 from sb3_softq.replay import check_newest, end_trajectory
+from sb3_softq.segments import load_segments, remember, save_segments
 
 SelfOffPolicyAlgorithm = TypeVar("SelfOffPolicyAlgorithm", bound=OffPolicyAlgorithm)
 
 # Counted, because steps alone do not tell which one is the newest where a second run starts again from 0
 NAME = re.compile(r"checkpoint-(\d+)-step(\d+)")
 TEMPORARY = "checkpoint.tmp"
+# Where they are in their episodes
+ENVIRONMENTS = "environments.npz"
 # Of a checkpoint that is not what was written
 DAMAGED = "damaged-"
 # Held while a run writes into a folder; the system lets go of it when the process dies
@@ -58,7 +62,15 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 class ResumableCheckpoint(BaseCallback):
     """
     Save all that training needs to go on, every ``save_freq`` steps and at the end of training: the model, its replay
-    buffer, the statistics of ``VecNormalize`` and the state of the random generators.
+    buffer, the environments in the middle of their episodes where :mod:`sb3_softq.episodes` knows their state, the
+    statistics of ``VecNormalize`` and the state of the random generators.
+
+    A save writes the part of the replay buffer that is not in the checkpoint it replaces, ``keep`` saves ago; the rest is
+    linked, so that no file is shared by two checkpoints that stay. Transitions must not be changed in the buffer once they are
+    there. The buffers of HER and of users are written whole.
+
+    Attributes that neither Stable-Baselines3 nor the agent's class sets, such as those that a callback hangs on the model,
+    are not saved, and a warning names them.
 
     Saves happen between rollouts, where the replay buffer, the networks and the number of steps belong together. From the
     start of training to its end the folder belongs to this process. SIGTERM, as cluster schedulers send it, and SIGHUP save
@@ -79,6 +91,9 @@ class ResumableCheckpoint(BaseCallback):
         self.path = Path(path)
         self.keep = check_integer("keep", keep, 1)
         self._saved_at = 0
+        # where the environments and the replay buffer are at the same step
+        self._is_between_rollouts = True
+        self._warned_of: set[str] = set()
         self._lock: FileLock | None = None
         self._handled: list[int] = []
         self._signal: int | None = None
@@ -102,14 +117,19 @@ class ResumableCheckpoint(BaseCallback):
         os.kill(os.getpid(), number)
 
     def _on_rollout_start(self) -> None:
+        self._is_between_rollouts = True
         if self._signal is not None:
             self._on_training_end()
             raise SystemExit(128 + self._signal)
         if self.model.num_timesteps - self._saved_at >= self.save_freq:
             self.save()
+        self._is_between_rollouts = False
 
     def _on_step(self) -> bool:
         return True
+
+    def _on_rollout_end(self) -> None:
+        self._is_between_rollouts = True
 
     def _on_training_end(self) -> None:
         self.save()
@@ -140,30 +160,49 @@ class ResumableCheckpoint(BaseCallback):
         older = _checkpoints(self.path)
         count = 1 + (_numbers(older[-1])[0] if older else 0)
         folder = self.path / f"checkpoint-{count}-step{self.model.num_timesteps}"
+        replaced = older[-self.keep] if len(older) >= self.keep else None
         temporary = self.path / TEMPORARY
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-        self.model.save(temporary / "model.zip")
-        if type(self.model.replay_buffer) in PLAIN_BUFFERS:
-            save_buffer(self.model.replay_buffer, temporary / "replay_buffer.npz")
+        self.model.save(temporary / "model.zip", exclude=self._unknown_attributes())
+        buffer, saved, linked = self.model.replay_buffer, None, set[str]()
+        if type(buffer) in PLAIN_BUFFERS:
+            saved, linked = save_segments(buffer, temporary, replaced, steps)
         else:
             self.model.save_replay_buffer(temporary / "replay_buffer.pkl")
+        if self._is_between_rollouts:
+            save_environments(self.model, temporary / ENVIRONMENTS)
         save_random_state(self.model, temporary / "random.json")
         vec_normalize = self.model.get_vec_normalize_env()
         if vec_normalize is not None:
             save_vec_normalize(vec_normalize, temporary / "vec_normalize.json")
-        manifest.write(temporary, self.model)
+        manifest.write(temporary, self.model, replaced, linked)
 
         for file in (*temporary.iterdir(), temporary):
-            _sync(file)
+            if file.name not in linked:
+                _sync(file)
         os.replace(temporary, folder)
         _sync(self.path)
         for old in older[: len(older) + 1 - self.keep]:
             os.replace(old, temporary)
             shutil.rmtree(temporary)
+        if saved is not None:
+            remember(buffer, folder, saved)
         self._saved_at = self.model.num_timesteps
         return folder
+
+    def _unknown_attributes(self) -> set[str]:
+        """Of the model, that none of its classes sets."""
+        unknown = vars(self.model).keys() - stored_names(type(self.model), constructor=True)
+        new = unknown - self._warned_of
+        if new:
+            self._warned_of |= new
+            warnings.warn(
+                f"Attributes of the model that {type(self.model).__name__} does not know are not in its checkpoints: "
+                + ", ".join(sorted(new))
+            )
+        return unknown
 
 
 @contextmanager
@@ -217,8 +256,13 @@ def resume(
 ) -> SelfOffPolicyAlgorithm:
     """
     Load the newest checkpoint that is what was written; those that are not are renamed to ``damaged-...``. Training goes on
-    with ``model.learn(n_more_steps, reset_num_timesteps=False)``, in a new episode: the state of an environment cannot be
-    saved.
+    with ``model.learn(n_steps_in_all - model.num_timesteps, reset_num_timesteps=False)``: schedules depend on the number of
+    all steps, which has to be the one that the run began with.
+
+    Where the state of all environments could be saved (:mod:`sb3_softq.episodes` says of which), the same machine computes on
+    as many threads of its CPU what the run would have computed that was not interrupted, to the bit; SAC and TD3 too, but for
+    gSDE and for action noise with a memory. Elsewhere the environments are seeded anew, and the episodes that were going on
+    are cut off, as by a time limit.
 
     :param cls: Class of the algorithm, such as ``SoftQ``
     :param path: Folder of the checkpoints
@@ -241,8 +285,9 @@ def resume(
         env = _restore_vec_normalize(statistics, env)
     manifest.check_env(saved, env, other_env)
     model = cls.load(folder / "model.zip", env=env, **kwargs)
-    _restore_buffer(model, folder)
-    if model.seed is not None:
+    goes_on = _restore_environments(model, folder, saved)
+    _restore_buffer(model, folder, goes_on)
+    if not goes_on and model.seed is not None:
         assert model.env is not None
         # load() seeded the environment as at the very beginning: its first episodes would come again
         model.env.seed(model.seed + model.num_timesteps)
@@ -304,13 +349,29 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _restore_buffer(model: OffPolicyAlgorithm, folder: Path) -> None:
+def _restore_environments(model: OffPolicyAlgorithm, folder: Path, saved: dict[str, Any]) -> bool:
+    """Whether they are in the middle of the episodes that were going on."""
+    env = model.get_env()
+    # another one (other_env=True) begins anew
+    if env is None or not (folder / ENVIRONMENTS).exists() or manifest.describe(env)["env"] != saved.get("env"):
+        return False
+    reason = restore_environments(model, folder / ENVIRONMENTS)
+    if reason is None:
+        if isinstance(model, CheckedOffPolicyAlgorithm):
+            model.keep_action_noise()
+        return True
+    warnings.warn(f"New episodes begin, since the environments cannot be put where they were: {reason}", stacklevel=3)
+    return False
+
+
+def _restore_buffer(model: OffPolicyAlgorithm, folder: Path, goes_on: bool) -> None:
     assert model.replay_buffer is not None
-    if (folder / "replay_buffer.npz").exists():
-        load_buffer(model.replay_buffer, folder / "replay_buffer.npz")
+    if (folder / "replay_buffer.pkl").exists():
+        model.load_replay_buffer(folder / "replay_buffer.pkl", truncate_last_traj=not goes_on)
     else:
-        model.load_replay_buffer(folder / "replay_buffer.pkl")
-    end_trajectory(model.replay_buffer)
+        load_segments(model.replay_buffer, folder, model.num_timesteps)
+    if not goes_on:
+        end_trajectory(model.replay_buffer)
 
 
 def _restore_vec_normalize(statistics: Path, env: VecEnv) -> VecEnv:

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,28 @@ from sb3_softq.version import __version__
 
 NAME = "manifest.json"
 # Raised when older code could not read what newer code writes
-FORMAT = 1
+FORMAT = 2
 # Of checkpoints without a manifest, which were written before there was one
 REQUIRED = ("model.zip", "replay_buffer.pkl", "random.pkl")
+# Sizes and times of the files of a folder whose contents this process has found to be those that were written
+_intact: dict[Path, list[tuple[str, int, int, int]]] = {}
 
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint is not what was written."""
 
 
-def write(folder: Path, model: OffPolicyAlgorithm) -> None:
+def write(folder: Path, model: OffPolicyAlgorithm, base: Path | None = None, old: Collection[str] = ()) -> None:
     """
     Describe the files in a folder.
 
     :param folder: Of the checkpoint; all of its other files are there
     :param model: The agent whose they are
+    :param base: Folder of another checkpoint
+    :param old: Names of files that come from there: they have to be what was written at that time, and are not read now
     """
     env = model.get_env()
+    files = {} if base is None else _entries(base, old)
     manifest = {
         "format": FORMAT,
         "versions": {
@@ -46,14 +52,18 @@ def write(folder: Path, model: OffPolicyAlgorithm) -> None:
         "arguments": _plain(_arguments(model)),
         "num_timesteps": model.num_timesteps,
         **({} if env is None else describe(env)),
-        "files": {file.name: {"size": file.stat().st_size, "sha256": _digest(file)} for file in sorted(folder.iterdir())},
+        "files": {
+            file.name: files.get(file.name) or {"size": file.stat().st_size, "sha256": _digest(file)}
+            for file in sorted(folder.iterdir())
+        },
     }
     (folder / NAME).write_text(json.dumps(manifest | {"sha256": _digest_of(manifest)}, indent=1))
 
 
 def read(folder: Path) -> dict[str, Any]:
     """
-    Read the manifest of a checkpoint and check that its files are those that were written.
+    Read the manifest of a checkpoint and check that its files are those that were written. Contents are read once by a
+    process, and again where a file has another size or time than it had then.
 
     :param folder: Of the checkpoint
     :return: The manifest; an empty one for a checkpoint that was written before there were any
@@ -79,15 +89,24 @@ def read(folder: Path) -> dict[str, Any]:
         )
     if digest != _digest_of(manifest):
         raise DamagedCheckpointError(f"{path} has other contents than were written")
+    signature = _signature(folder)
+    is_known = _intact.get(folder.resolve()) == signature
     for name, (size, digest) in files.items():
         file = folder / name
         if Path(name).name != name or not file.is_file():
             raise DamagedCheckpointError(f"{file} is missing")
         if file.stat().st_size != size:
             raise DamagedCheckpointError(f"{file} has {file.stat().st_size} bytes, {size} were written")
-        if _digest(file) != digest:
+        if not is_known and _digest(file) != digest:
             raise DamagedCheckpointError(f"{file} has other contents than were written")
+    _intact[folder.resolve()] = signature
     return manifest
+
+
+def _signature(folder: Path) -> list[tuple[str, int, int, int]]:
+    """What of the files in a folder changes where they are written again."""
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in files]
 
 
 def describe(env: VecEnv) -> dict[str, Any]:
@@ -134,6 +153,15 @@ def check_env(manifest: dict[str, Any], env: VecEnv, other_env: bool) -> None:
         if saved == value or (name == "env" and (other_env or saved is None or value is None)):
             continue
         raise ValueError(f"{name}={value} is not allowed: the checkpoint has {name}={saved}{hint.get(name, '')}")
+
+
+def _entries(base: Path, names: Collection[str]) -> dict[str, Any]:
+    """Of files in the manifest of another folder; none if that cannot be read, so that the files are."""
+    try:
+        files = json.loads((base / NAME).read_text())["files"]
+        return {name: files[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _attribute(env: VecEnv, name: str) -> list[Any] | None:

@@ -1,5 +1,6 @@
 """What Stable-Baselines3's off-policy algorithms lack: checks at the border, and trajectories that end at a reset."""
 
+import copy
 import io
 import math
 from abc import abstractmethod
@@ -54,6 +55,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     # Whether the replay buffer ends with an episode of another run
     _buffer_is_loaded = False
+    # Whether the next call of learn goes on in the middle of an episode, with the action noise of it
+    _keeps_action_noise = False
     # Dataclasses among the attributes, whose fields are plain
     plain_objects: ClassVar[dict[str, type]] = {}
     # Arguments that are converted to float if they came as another kind of number
@@ -184,15 +187,24 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             # what comes next is another episode: SB3 resets the environment, or the buffer came from another run
             end_trajectory(self.replay_buffer)
             self._buffer_is_loaded = False
+        noise = copy.deepcopy(self.action_noise)
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        if self._keeps_action_noise and not resets:
+            # SB3 has reset it
+            self.action_noise = noise
+        self._keeps_action_noise = False
         first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         check_finite("first observation", first_obs, self.num_timesteps, space=self.observation_space)
         return total_timesteps, callback
 
     def _begin_learning(self, reset_num_timesteps: bool) -> None:
         """What an algorithm does at every call of ``learn``, before the environment is reset."""
+
+    def keep_action_noise(self) -> None:
+        """Have the next call of ``learn(..., reset_num_timesteps=False)`` leave it as it is."""
+        self._keeps_action_noise = True
 
     def load_replay_buffer(self, path: str | Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
@@ -275,4 +287,4 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         return self
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_is_loaded"]
+        return [*super()._excluded_save_params(), "_is_loaded", "_keeps_action_noise"]

@@ -21,8 +21,11 @@ PLAIN_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 _VEC_NORMALIZE = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
 
 
-def _arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
-    """Arrays of a buffer by a name for each; those of a Dict by their key too."""
+def buffer_arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
+    """
+    :param buffer: One of :data:`PLAIN_BUFFERS`
+    :return: Its arrays by a name for each; those of a Dict by their key too
+    """
     found: dict[str, np.ndarray] = {}
     for name in _ARRAYS:
         values: Any = getattr(buffer, name, None)
@@ -33,26 +36,29 @@ def _arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
     return found
 
 
-def save_buffer(buffer: ReplayBuffer, path: Path) -> None:
+def save_buffer(buffer: ReplayBuffer, path: Path) -> int:
     """
     :param buffer: One of :data:`PLAIN_BUFFERS`
     :param path: File to write, ``.npz``
+    :return: Number of rows in it
     """
     # the memory efficient variant has the newest next observation in the row after
     n_rows = buffer.buffer_size if buffer.full else min(buffer.pos + 1, buffer.buffer_size)
     arrays: dict[str, Any] = {"place": np.array([buffer.pos, buffer.full, n_rows])}
-    np.savez(path, **arrays | {name: array[:n_rows] for name, array in _arrays(buffer).items()})
+    np.savez(path, **arrays | {name: array[:n_rows] for name, array in buffer_arrays(buffer).items()})
+    return n_rows
 
 
-def load_buffer(buffer: ReplayBuffer, path: Path) -> None:
+def load_buffer(buffer: ReplayBuffer, path: Path) -> int:
     """
     :param buffer: Replay buffer to fill, of the kind and size that was saved
     :param path: File that :func:`save_buffer` wrote
+    :return: Number of rows in it
     :raises ValueError: if it does not fit, naming what differs
     """
     with np.load(path, allow_pickle=False) as saved:
         pos, full, n_rows = (int(x) for x in saved["place"])
-        own = _arrays(buffer)
+        own = buffer_arrays(buffer)
         if saved.files != ["place", *own]:
             raise ValueError(f"{path} holds {saved.files[1:]}, not {list(own)} as the replay buffer of the agent does")
         for name, array in own.items():
@@ -66,6 +72,7 @@ def load_buffer(buffer: ReplayBuffer, path: Path) -> None:
                 )
             array[:n_rows] = values
     buffer.pos, buffer.full = pos, bool(full)
+    return n_rows
 
 
 def save_vec_normalize(env: VecNormalize, path: Path) -> None:

@@ -16,13 +16,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softq import SoftQ, checkpoint
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, latest, resume, steps_done
-from tests.conftest import flat, small
+from tests.conftest import RandomEnv, flat, small
 
 ROOT = Path(__file__).parent.parent
 # Saves as fast as it can, and says so once there is something to resume from
@@ -101,16 +102,28 @@ def test_training_goes_on(tmp_path):
     th.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-def test_resumed_episodes_are_new(tmp_path):
-    model = train(tmp_path)
-    resumed = reload(tmp_path)
+def opaque():
+    """Of which no state can be had."""
+    return RandomEnv(spaces.Box(-1.0, 1.0, (1,), dtype=np.float32))
+
+
+def test_episodes_begin_anew_where_the_state_cannot_be_had(tmp_path):
+    model = train(tmp_path, steps=50, env=opaque(), n_steps=3)
+    resumed = reload(tmp_path, opaque())
+    buffer = resumed.replay_buffer
+    # cut off, as by a time limit
+    assert buffer.dones[49].all()
+    assert buffer.timeouts[49].all()
+    assert not model.replay_buffer.dones[49].any()
     resumed.learn(1, reset_num_timesteps=False)
-    assert not np.allclose(resumed.replay_buffer.observations[60], model.replay_buffer.observations[0])
+    # not the first one again, which the seed would bring
+    assert not np.allclose(buffer.observations[50], buffer.observations[0])
+    assert not np.allclose(buffer.observations[50], buffer.next_observations[49])
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(n_steps=3), dict(n_steps=1, train_freq=(7, "step"))])
 def test_saves_between_rollouts(tmp_path, kwargs):
-    """Buffer and step count belong together, and the trajectory that was cut off stays apart from the next."""
+    """Buffer and step count belong together, and the trajectory goes on."""
     saved = []
 
     class Recording(ResumableCheckpoint):
@@ -123,10 +136,9 @@ def test_saves_between_rollouts(tmp_path, kwargs):
     assert len(saved) == 3
     assert all(steps == size for steps, size in saved)
     buffer = reload(tmp_path).replay_buffer
-    last = buffer.pos - 1
-    assert buffer.dones[last].all()
-    assert buffer.timeouts[last].all()
-    assert not buffer.dones[:last].any()
+    assert buffer.size() == model.num_timesteps
+    assert not buffer.dones.any()
+    assert not buffer.timeouts.any()
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -204,6 +216,7 @@ def test_interrupted_at_every_call(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.os, "replace", dying(os.replace))
     monkeypatch.setattr(checkpoint.os, "fsync", dying(os.fsync))
     monkeypatch.setattr(checkpoint.os, "unlink", dying(os.unlink))
+    monkeypatch.setattr(checkpoint.os, "link", dying(os.link))
     monkeypatch.setattr(checkpoint.shutil, "rmtree", dying(shutil.rmtree))
     monkeypatch.setattr(checkpoint, "save_random_state", dying(checkpoint.save_random_state))
     seen = set()
@@ -264,7 +277,7 @@ def flip(file):
     file.write_bytes(data)
 
 
-FILES = ("model.zip", "replay_buffer.npz", "random.json", "vec_normalize.json", "manifest.json")
+FILES = ("model.zip", "replay_buffer.npz", "environments.npz", "random.json", "vec_normalize.json", "manifest.json")
 DAMAGES = {
     "flipped": flip,
     "cut off": lambda file: file.write_bytes(file.read_bytes()[:-1]),
@@ -323,7 +336,7 @@ def test_a_newer_format(tmp_path):
     train(tmp_path)
     path = latest(tmp_path) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(ValueError, match=r"has format 99, which sb3_softq .* does not know \(up to 1\)"):
+    with pytest.raises(ValueError, match=r"has format 99, which sb3_softq .* does not know \(up to 2\)"):
         reload(tmp_path)
     # it is no damage
     assert left(tmp_path) == ["checkpoint-1-step60"]

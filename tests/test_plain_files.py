@@ -153,7 +153,7 @@ def test_no_pickle_beside_the_model(tmp_path):
     small(env=env, buffer_size=500, learning_starts=20).learn(40, callback=ResumableCheckpoint(100, tmp_path))
     folder = latest(tmp_path)
     assert folder is not None
-    names = {"manifest.json", "model.zip", "random.json", "replay_buffer.npz", "vec_normalize.json"}
+    names = {"environments.npz", "manifest.json", "model.zip", "random.json", "replay_buffer.npz", "vec_normalize.json"}
     assert {file.name for file in folder.iterdir()} == names
 
 

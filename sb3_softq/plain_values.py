@@ -1,0 +1,111 @@
+"""Values of Python and numpy as JSON and arrays, which come back exactly and run no code; and the names of attributes."""
+
+import dis
+import inspect
+from collections import deque
+from collections.abc import Iterator
+from functools import cache, cached_property
+from types import CodeType, FunctionType
+from typing import Any
+
+import numpy as np
+
+_GENERATORS = {cls.__name__: cls for cls in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox)}
+# Numbers of a list that take less room, and time, as an array
+_LONG = 16
+
+
+class OpaqueError(ValueError):
+    """A value is not made of numbers, strings, arrays and the like."""
+
+
+def encode(value: Any, arrays: dict[str, np.ndarray], name: str) -> Any:
+    """
+    :param value: Made of None, bool, int, float, str, list, tuple, deque, dict, arrays, numpy's numbers and its generators
+    :param arrays: Takes the arrays in it
+    :param name: Of the value, for the error
+    :return: The rest of it, for JSON
+    :raises OpaqueError: if it is made of something else, naming that
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject and kind is not np.record:
+        key = str(len(arrays))
+        arrays[key] = np.array(value)
+        return {"array" if isinstance(value, np.ndarray) else "number": key}
+    if kind is list and len(value) > _LONG and all(type(x) is float for x in value):
+        return {"floats": encode(np.array(value), arrays, name)}
+    if kind is list:
+        return [encode(x, arrays, f"{name}[{i}]") for i, x in enumerate(value)]
+    if kind is tuple:
+        return {"tuple": encode(list(value), arrays, name)}
+    if kind is deque:
+        return {"deque": encode(list(value), arrays, name), "maxlen": value.maxlen}
+    if isinstance(value, dict):
+        return {"dict": [[encode(k, arrays, name), encode(v, arrays, f"{name}[{k!r}]")] for k, v in value.items()]}
+    if kind is np.random.Generator and type(value.bit_generator).__name__ in _GENERATORS:
+        return {"generator": encode(value.bit_generator.state, arrays, name)}
+    raise OpaqueError(f"{name} is a {kind.__module__}.{kind.__name__}")
+
+
+def decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """
+    :param value: Of :func:`encode`
+    :param arrays: That it filled
+    :return: The value that was encoded; any dict as a plain one
+    """
+    if isinstance(value, list):
+        return [decode(x, arrays) for x in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, inner), *rest = value.items()
+    if kind == "array":
+        return np.array(arrays[inner])
+    if kind == "number":
+        return arrays[inner][()]
+    if kind == "floats":
+        return decode(inner, arrays).tolist()
+    if kind == "tuple":
+        return tuple(decode(inner, arrays))
+    if kind == "deque":
+        return deque(decode(inner, arrays), maxlen=rest[0][1])
+    if kind == "dict":
+        return {decode(k, arrays): decode(v, arrays) for k, v in inner}
+    state = decode(inner, arrays)
+    generator = np.random.Generator(_GENERATORS[state["bit_generator"]]())
+    generator.bit_generator.state = state
+    return generator
+
+
+@cache
+def stored_names(cls: type, constructor: bool) -> frozenset[str]:
+    """
+    :param cls: A class
+    :param constructor: Whether what ``__init__`` alone sets is among them
+    :return: Names of the attributes that its methods set, in itself or elsewhere
+    """
+    codes = [
+        code
+        for parent in cls.__mro__
+        for name, member in vars(parent).items()
+        if constructor or name != "__init__"
+        for code in _codes(member)
+    ]
+    return frozenset(x.argval for code in codes for x in dis.get_instructions(code) if x.opname == "STORE_ATTR")
+
+
+def _codes(member: Any) -> Iterator[CodeType]:
+    """Code of a method or property, with the functions in it."""
+    if isinstance(member, property):
+        functions = [member.fget, member.fset]
+    elif isinstance(member, cached_property):
+        functions = [member.func]
+    else:
+        functions = [getattr(member, "__func__", member)]
+    unwrapped = [inspect.unwrap(function) for function in functions if callable(function)]
+    todo = [x.__code__ for x in unwrapped if isinstance(x, FunctionType)]
+    while todo:
+        code = todo.pop()
+        todo += [x for x in code.co_consts if isinstance(x, CodeType)]
+        yield code

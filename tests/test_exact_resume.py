@@ -1,0 +1,391 @@
+"""A run that is killed and resumed in another process computes what one that is not interrupted does, to the bit."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from gymnasium.wrappers import TransformObservation
+from stable_baselines3 import SAC, TD3, HerReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.envs import BitFlippingEnv, SimpleMultiObsEnv
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
+
+from sb3_softq import DiscreteSoftQ, SoftQ
+from sb3_softq.checkpoint import ResumableCheckpoint, latest, resume, steps_done
+from sb3_softq.env_state import capture, refusal, restore
+from sb3_softq.episodes import restore_environments, save_environments
+from sb3_softq.plain_values import OpaqueError, decode, encode
+from tests.conftest import RandomEnv, small
+
+ROOT = Path(__file__).parent.parent
+N_STEPS, SAVE_FREQ = 240, 60
+BOX = spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
+
+
+class Pair(RandomEnv):
+    """Keeps what its episodes depend on in an object of its own, and says how to get it."""
+
+    def __init__(self):
+        super().__init__(BOX)
+        self.simulator = iter(())
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        self.simulator = iter(range(1, 20))
+        return obs, info
+
+    def step(self, action):
+        obs, reward, *ends, info = super().step(action)
+        return obs, reward + next(self.simulator, 0), *ends, info
+
+    def get_state(self):
+        return {"t": self.t, "all": np.arange(1, 20)}
+
+    def set_state(self, state):
+        self.t = state["t"]
+        self.simulator = iter(state["all"][self.t :].tolist())
+
+
+def env(name, **kwargs):
+    return lambda: Monitor(gym.make(name, **kwargs))
+
+
+def ou_noise():
+    return OrnsteinUhlenbeckActionNoise(np.zeros(1), 0.2 * np.ones(1))
+
+
+# environments, and arguments of the agent
+CASES = {
+    "Pendulum": (lambda: env("Pendulum-v1")(), {}),
+    "schedules, n-step, rounds": (
+        lambda: env("Pendulum-v1", max_episode_steps=50)(),
+        dict(n_steps=3, learning_rate=lambda progress: 1e-3 * progress, ent_coef=0.1, buffer_size=90),
+    ),
+    "memory efficient": (
+        lambda: env("MountainCarContinuous-v0")(),
+        dict(optimize_memory_usage=True, replay_buffer_kwargs={"handle_timeout_termination": False}, train_freq=7),
+    ),
+    "correlated noise": (lambda: DummyVecEnv([env("Pendulum-v1")] * 2), dict(action_noise=ou_noise())),
+    "CartPole": (lambda: env("CartPole-v1")(), dict(algorithm=DiscreteSoftQ)),
+    "Hopper x 4": (lambda: DummyVecEnv([env("Hopper-v4")] * 4), dict(gradient_steps=-1)),
+    "Walker2d, normalised": (lambda: VecNormalize(DummyVecEnv([env("Walker2d-v4")] * 2)), {}),
+    "Ant": (lambda: env("Ant-v4")(), {}),
+    "processes": (lambda: SubprocVecEnv([env("Pendulum-v1")] * 2), {}),
+    "frames": (lambda: VecMonitor(VecFrameStack(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2), 3)), {}),
+    "MultiGoal": (lambda: env("sb3_softq/MultiGoal-v0")(), {}),
+    "Pusher2D": (lambda: env("sb3_softq/Pusher2D-v0", goal_x=-1.0)(), {}),
+    "a pair of methods": (lambda: DummyVecEnv([Pair] * 2), {}),
+    "Dicts": (lambda: SimpleMultiObsEnv(discrete_actions=False), dict(policy="MultiInputPolicy")),
+    "hindsight": (
+        lambda: BitFlippingEnv(n_bits=4, continuous=True, max_steps=7),
+        dict(policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer),
+    ),
+    "SAC": (lambda: VecNormalize(DummyVecEnv([env("Pendulum-v1")] * 2)), dict(algorithm=SAC)),
+    "TD3": (
+        lambda: env("Pendulum-v1")(),
+        dict(algorithm=TD3, action_noise=NormalActionNoise(np.zeros(1), 0.1 * np.ones(1))),
+    ),
+    "compiled": (lambda: env("Pendulum-v1")(), dict(compile=True)),
+}
+
+
+def arguments(case):
+    make_env, kwargs = CASES[case]
+    return make_env, {"learning_starts": 20, "buffer_size": 2_000, **kwargs}
+
+
+def digest(*values):
+    """Of tensors, arrays, numbers, and what holds them."""
+    result = hashlib.sha256()
+    todo = list(values)
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += [x for item in value.items() for x in item]
+        elif isinstance(value, list | tuple | deque):
+            todo += value
+        else:
+            array = value.detach().numpy() if isinstance(value, th.Tensor) else np.asarray(value)
+            result.update(array.tobytes() if array.dtype != object else repr(value).encode())
+    return result.hexdigest()
+
+
+def state_of(model):
+    """Networks, optimizers, temperature, buffer, generators, statistics and observations, each by a digest."""
+    buffer = model.replay_buffer
+    n_rows = buffer.size()
+    arrays = [getattr(buffer, name, None) for name in ("observations", "next_observations", "actions", "rewards", "dones")]
+    parts = [part for x in arrays for part in (x.values() if isinstance(x, dict) else [x]) if part is not None]
+    normalize = model.get_vec_normalize_env()
+    statistics = () if normalize is None else (normalize.obs_rms.mean, normalize.ret_rms.var, normalize.returns)
+    episodes = [(x["r"], x["l"]) for x in model.ep_info_buffer]
+    return {
+        "networks and optimizers": digest(model.get_parameters()),
+        "temperature": digest(getattr(model, "log_ent_coef", None)),
+        "buffer": digest(*(part[:n_rows] for part in parts), buffer.timeouts[:n_rows]),
+        "generators": digest(random.getstate(), np.random.get_state(), th.get_rng_state(), model.action_space.sample()),
+        "counts": (model.num_timesteps, model._n_updates, model._episode_num, buffer.pos, buffer.full),
+        "progress": model._current_progress_remaining,
+        "episodes": (digest(model._last_obs), digest(statistics), episodes),
+    }
+
+
+class Kill(BaseCallback):
+    """Ends the process as a power cut does, well after a checkpoint."""
+
+    def _on_step(self):
+        if self.num_timesteps > 2 * SAVE_FREQ + 16:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+
+def train(case, path, *callbacks):
+    make_env, kwargs = arguments(case)
+    # of environments that draw themselves
+    np.random.seed(0)
+    model = small(env=make_env(), **kwargs)
+    return model.learn(N_STEPS, callback=[ResumableCheckpoint(SAVE_FREQ, path), *callbacks])
+
+
+def train_and_die(case, path):
+    th.set_num_threads(1)
+    train(case, path, Kill())
+
+
+def killed(case, path):
+    program = "import sys; from tests.test_exact_resume import train_and_die; train_and_die(*sys.argv[1:])"
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, case, str(path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == -signal.SIGKILL
+    assert 2 * SAVE_FREQ <= steps_done(path) <= 2 * SAVE_FREQ + 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    n_threads = th.get_num_threads()
+    th.set_num_threads(1)
+    yield
+    th.set_num_threads(n_threads)
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.slow) if x == "compiled" else x for x in CASES])
+def test_resumed_is_uninterrupted(tmp_path, case):
+    make_env, kwargs = arguments(case)
+    straight = train(case, tmp_path / "straight")
+    expected = state_of(straight)
+    killed(case, tmp_path / "killed")
+    model = resume(kwargs.get("algorithm", SoftQ), tmp_path / "killed", make_env(), device="cpu")
+    callback = ResumableCheckpoint(SAVE_FREQ, tmp_path / "killed")
+    model.learn(N_STEPS - model.num_timesteps, callback=callback, reset_num_timesteps=False)
+    assert state_of(model) == expected
+    assert straight._n_updates > 0
+    for vec_env in (straight.get_env(), model.get_env()):
+        vec_env.close()
+
+
+def test_without_trust_too(tmp_path):
+    expected = state_of(train("Pendulum", tmp_path / "straight"))
+    killed("Pendulum", tmp_path / "killed")
+    model = resume(SoftQ, tmp_path / "killed", env("Pendulum-v1")(), device="cpu", trusted=False)
+    model.learn(N_STEPS - model.num_timesteps, reset_num_timesteps=False)
+    # the log's window of past episodes is pickled
+    del expected["episodes"]
+    assert expected.items() <= state_of(model).items()
+
+
+def steps(env, actions):
+    """All that an environment says."""
+    said = []
+    for action in actions:
+        obs, reward, terminated, truncated, _ = env.step(action)
+        said.append(np.append(np.ravel(obs), [reward, terminated, truncated]))
+        if terminated or truncated:
+            said.append(np.ravel(env.reset()[0]))
+    return np.concatenate(said).tobytes()
+
+
+def travelled(state):
+    """As it comes back from a file."""
+    arrays = {}
+    return decode(encode(state, arrays, "state"), arrays)
+
+
+MUJOCO = ("Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "HalfCheetah", "Swimmer", "InvertedDoublePendulum")
+NAMES = ["Acrobot-v1", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1", "sb3_softq/MultiGoal-v0"]
+NAMES += [f"{name}-{version}" for name in MUJOCO for version in ("v4", "v5")]
+NAMES += ["Reacher-v4", "Reacher-v5", "Pusher-v5", "InvertedPendulum-v4", "sb3_softq/Pusher2D-v0"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_environments_go_on(name):
+    """The same steps in a new environment, over ends of episodes too."""
+    make = env(name, **({"goal_x": 1.0} if "Pusher2D" in name else {}))
+    old, new = make(), make()
+    old.reset(seed=0)
+    old.action_space.seed(0)
+    actions = [old.action_space.sample() for _ in range(100)]
+    steps(old, actions[:37])
+    state = travelled(capture(old))
+    assert refusal(new, state) is None
+    restore(new, state)
+    assert steps(new, actions) == steps(old, actions)
+
+
+class Tuned(gym.Wrapper):
+    """Changes what it wraps, in attributes that belong to others."""
+
+    def __init__(self, env, factor=1.0):
+        super().__init__(env)
+        self.factor = factor
+
+    def reset(self, **kwargs):
+        self.unwrapped.goal_reached = False
+        return super().reset(**kwargs)
+
+
+class Handle(gym.Wrapper):
+    """Keeps something that cannot be saved."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.simulator = object()
+
+
+class Domain(gym.Wrapper):
+    """Another robot in each episode."""
+
+    def reset(self, **kwargs):
+        self.unwrapped.model.body_mass[1] *= 1.1
+        return super().reset(**kwargs)
+
+
+class Sleepy(gym.Wrapper):
+    """Lets MuJoCo skip bodies that do not move."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.unwrapped.model.opt.enableflags |= int(mujoco.mjtEnableBit.mjENBL_SLEEP)
+
+
+class View(gym.Wrapper):
+    """Looks at MuJoCo's memory through an attribute that it sets anew."""
+
+    def reset(self, **kwargs):
+        self.height = self.unwrapped.data.qpos[1:2]
+        return super().reset(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: RandomEnv(BOX), "RandomEnv has no get_state"),
+        (lambda: Handle(gym.make("Pendulum-v1")), "Handle.simulator is a builtins.object"),
+        (lambda: View(gym.make("Hopper-v4")), "View.height shares its memory"),
+        (lambda: Sleepy(gym.make("Hopper-v4")), "bodies that may sleep"),
+        (lambda: TransformObservation(gym.make("Pendulum-v1"), [].append, None), "TransformObservation"),
+    ],
+)
+def test_what_cannot_be_had_is_said(tmp_path, make, why):
+    """For one environment of several, and none is saved."""
+    model = small(env=DummyVecEnv([Pair, make]) if "RandomEnv" in why else DummyVecEnv([make]))
+    model.env.reset()
+    model._last_obs = np.zeros((model.n_envs, 3))
+    assert why in save_environments(model, tmp_path / "x.npz")
+    assert not (tmp_path / "x.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "why"),
+    [
+        (lambda: Tuned(env("Pendulum-v1")()), env("Pendulum-v1"), "it was .'Tuned', 'Monitor'"),
+        (lambda: Tuned(env("Pendulum-v1")()), lambda: Tuned(env("Pendulum-v1")(), 2.0), r"Tuned.factor was 1.0 and is 2.0"),
+        (lambda: Domain(gym.make("Hopper-v4")), lambda: Domain(gym.make("Hopper-v4")), "MuJoCo's model is another one"),
+    ],
+)
+def test_another_environment_is_not_put_there(tmp_path, saved, here, why):
+    """And begins a new episode, with all others."""
+    path = tmp_path / "checkpoints"
+    small(env=DummyVecEnv([saved] * 2)).learn(20, callback=ResumableCheckpoint(10, path))
+    with pytest.warns(UserWarning, match=f"New episodes begin.*environment 0: {why}"):
+        model = resume(SoftQ, path, DummyVecEnv([here] * 2))
+    assert model._last_obs is None
+    assert model.replay_buffer.dones[9].all()
+    model.learn(10, reset_num_timesteps=False)
+
+
+def test_what_wrappers_set_elsewhere_belongs_to_the_state():
+    old, new = Tuned(env("Pendulum-v1")()), Tuned(env("Pendulum-v1")())
+    old.reset(seed=0)
+    old.unwrapped.goal_reached = True
+    assert refusal(new, travelled(capture(old))) is None
+    restore(new, travelled(capture(old)))
+    assert new.unwrapped.goal_reached
+
+
+class Stop(BaseCallback):
+    def _on_step(self):
+        return self.num_timesteps < 50
+
+
+class Interrupted(gym.Wrapper):
+    def step(self, action):
+        result = super().step(action)
+        if self.get_wrapper_attr("total_steps") == 50:
+            raise KeyboardInterrupt
+        return result
+
+
+def test_stopped_in_the_middle_of_a_rollout(tmp_path):
+    """Stable-Baselines3 drops that step: environment and buffer are not at the same moment, and a new episode begins."""
+    for make, callbacks in ((env("Pendulum-v1"), [Stop()]), (lambda: Interrupted(env("Pendulum-v1")()), [])):
+        checkpoint = ResumableCheckpoint(1_000, tmp_path)
+        try:
+            small(env=make(), buffer_size=500).learn(100, callback=[checkpoint, *callbacks])
+        except KeyboardInterrupt:
+            checkpoint.save()
+        assert not (latest(tmp_path) / "environments.npz").exists()
+        model = resume(SoftQ, tmp_path, make())
+        assert model.replay_buffer.dones[model.replay_buffer.pos - 1].all()
+
+
+def test_an_environment_that_cannot_take_its_state(tmp_path):
+    class Broken(Pair):
+        def set_state(self, state):
+            raise KeyError("t")
+
+    model = small(env=DummyVecEnv([Pair] * 2)).learn(20)
+    assert save_environments(model, tmp_path / "x.npz") is None
+    other = small(env=DummyVecEnv([Pair, type("Pair", (Broken,), {})]))
+    assert restore_environments(other, tmp_path / "x.npz") == "environment 1: KeyError: 't'"
+    assert other._last_obs is None
+
+
+def test_values_come_back():
+    value = {
+        "a": [None, True, 1, 1.5, float("inf"), "b", (1, 2), {3: 4}, [0.1] * 40],
+        "n": (np.float32(0.1), np.arange(6).reshape(2, 3), np.zeros((0, 2)), deque([1, 2], maxlen=2)),
+    }
+    back = travelled(value)
+    assert repr(back) == repr(value)
+    generator = np.random.default_rng(3)
+    assert travelled([generator])[0].random() == generator.random()
+    with pytest.raises(OpaqueError, match=r"x\['a'\]\[1\] is a builtins.object"):
+        encode({"a": [1, object()]}, {}, "x")
