@@ -5,6 +5,7 @@ import inspect
 import json
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import gymnasium
 import numpy as np
@@ -18,6 +19,7 @@ from sb3_softq.version import __version__
 NAME = "manifest.json"
 # Raised when older code could not read what newer code writes
 FORMAT = 1
+_SPECS: WeakKeyDictionary[VecEnv, list[Any] | None] = WeakKeyDictionary()
 # Of checkpoints without a manifest, which were written before there was one
 REQUIRED = ("model.zip", "replay_buffer.pkl", "random.pkl")
 
@@ -95,7 +97,7 @@ def describe(env: VecEnv) -> dict[str, Any]:
     :param env: Environments
     :return: What of them a checkpoint depends on
     """
-    specs = _attribute(env, "spec")
+    specs = _specs(env)
     spec = None if specs is None else specs[0]
     vec_normalize = unwrap_vec_normalize(env)
     return {
@@ -136,11 +138,14 @@ def check_env(manifest: dict[str, Any], env: VecEnv, other_env: bool) -> None:
         raise ValueError(f"{name}={value} is not allowed: the checkpoint has {name}={saved}{hint.get(name, '')}")
 
 
-def _attribute(env: VecEnv, name: str) -> list[Any] | None:
-    try:
-        return env.get_attr(name)
-    except AttributeError:
-        return None
+def _specs(env: VecEnv) -> list[Any] | None:
+    """Of the environments, which are asked once: later their processes may have ended."""
+    if env not in _SPECS:
+        try:
+            _SPECS[env] = env.get_attr("spec")
+        except AttributeError:
+            _SPECS[env] = None
+    return _SPECS[env]
 
 
 def _arguments(model: OffPolicyAlgorithm) -> dict[str, Any]:

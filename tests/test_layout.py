@@ -13,6 +13,9 @@ LEVELS = (
     (
         "checks",
         "finite",
+        "faults",
+        "disk",
+        "interruption",
         "spaces",
         "soft_value",
         "stein",

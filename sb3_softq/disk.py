@@ -1,0 +1,107 @@
+"""Folders and files that survive a power cut, and what is said where a disk does not take them."""
+
+import os
+import shutil
+from pathlib import Path
+
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+
+def sync(path: Path) -> None:
+    """
+    Wait until a file, or the names in a folder, are on the disk.
+
+    :param path: File or folder
+    """
+    if path.is_dir() and os.name == "nt":
+        return  # Windows does not open folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """
+    Make a folder, and those that it is in, where there is none yet.
+
+    :param path: Folder
+    :raises OSError: if it cannot be made, naming it
+    """
+    try:
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in new:
+            sync(folder.parent)
+    except OSError as error:
+        raise refused(path, error) from error
+
+
+def check_writable(path: Path, probe: str) -> None:
+    """
+    :param path: Folder that is there
+    :param probe: Name for a folder in it, which is made and removed
+    :raises OSError: if no file can be written there, naming it
+    """
+    folder = path / probe
+    try:
+        # what a killed process has left
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        (folder / "file").write_bytes(b"0")
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise refused(path, error) from error
+
+
+def refused(path: Path, error: OSError) -> OSError:
+    """
+    :param path: Folder
+    :param error: What the system says of it
+    :return: An error that says so of the argument
+    """
+    return OSError(
+        error.errno, f"path={str(path)!r} is not allowed: it must be a folder that can be made and written ({error.strerror})"
+    )
+
+
+def is_of_the_disk(error: BaseException | None) -> bool:
+    """
+    :param error: Of a save
+    :return: Whether the system has refused to write: torch's writer may turn that into an error of its own
+    """
+    while error is not None:
+        if isinstance(error, OSError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def not_saved(error: BaseException, path: Path, model: OffPolicyAlgorithm) -> OSError:
+    """
+    :param error: Of a save
+    :param path: Folder of the checkpoints
+    :param model: What was to be saved
+    :return: An error that says what there is no room for
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    try:
+        free = f"{shutil.disk_usage(path).free / 1e6:,.1f} MB"
+    except OSError:
+        free = "an unknown number of bytes"
+    return OSError(
+        number,
+        f"no checkpoint could be written in {path.absolute()} at step {model.num_timesteps} ({error}): it needs about "
+        f"{_size(model) / 1e6:,.1f} MB, {free} are free there. The last checkpoint stays",
+    )
+
+
+def _size(model: OffPolicyAlgorithm) -> int:
+    """About how many bytes a checkpoint takes: the rows of the replay buffer, the parameters and two moments of each."""
+    buffer, total = model.replay_buffer, 0
+    if buffer is not None:
+        arrays = [x for value in vars(buffer).values() for x in (value.values() if isinstance(value, dict) else [value])]
+        share = buffer.size() / buffer.buffer_size
+        total = int(share * sum(x.nbytes for x in arrays if hasattr(x, "nbytes")))
+    return total + 3 * sum(x.numel() * x.element_size() for x in model.policy.parameters())
