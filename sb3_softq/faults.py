@@ -13,8 +13,12 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
+from sb3_softq.checks import check_number
+
 # Seconds until the system has told of the end of a process whose pipe is closed
 PROCESS_END = 5.0
+# Seconds between two looks at whether a process that is waited for is still there
+PROCESS_CHECK = 1.0
 
 
 class FaultyEnvironmentError(RuntimeError):
@@ -33,16 +37,75 @@ class CheckedDummyVecEnv(DummyVecEnv):
         super()._save_obs(env_idx, obs)
 
 
-def check_shapes(env: VecEnv) -> None:
+class WatchedPipe:
     """
-    Let observations be checked where they are stored for the first time, which is too late to do afterwards.
+    A pipe to the process of an environment, which tells when that has ended: with ``start_method="fork"`` other processes
+    hold the pipe's other end too, and SB3 would wait for ever.
 
-    :param env: Environments; nothing happens unless they are, within their wrappers, a ``DummyVecEnv``
+    :param pipe: That of the vectorized environment
+    :param process: At its other end
+    :param index: Of the environment
+    """
+
+    def __init__(self, pipe: Any, process: Any, index: int):
+        self.pipe, self.process, self.index = pipe, process, index
+        #: Seconds that an answer may take, None for ever
+        self.timeout: float | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipe, name)
+
+    def recv(self) -> Any:
+        """
+        Wait for an answer.
+
+        :raises EOFError: if the process has ended
+        :raises TimeoutError: if it takes too long; the process is killed
+        """
+        begin = time.monotonic()
+        while not self.pipe.poll(PROCESS_CHECK if self.timeout is None else min(PROCESS_CHECK, self.timeout)):
+            # what it has sent before its end counts
+            if not self.process.is_alive() and not self.pipe.poll():
+                raise EOFError
+            if self.timeout is not None and time.monotonic() - begin >= self.timeout:
+                self.process.kill()
+                error = TimeoutError(f"it has not answered within timeout={self.timeout:g} seconds, its process was killed")
+                error.env_idx = self.index  # type: ignore[attr-defined]
+                raise error
+        return self.pipe.recv()
+
+
+def watch(env: VecEnv) -> None:
+    """
+    Let the environments be checked where only they can be: shapes of observations before ``DummyVecEnv`` broadcasts them,
+    processes of ``SubprocVecEnv`` while they are waited for. Done in place, since the user and wrappers hold them too.
+
+    :param env: Environments, in wrappers or not
     """
     inner = env.unwrapped
     if type(inner) is DummyVecEnv:
-        # in place: the user, and wrappers, hold it too
         inner.__class__ = CheckedDummyVecEnv
+    elif isinstance(inner, SubprocVecEnv) and not isinstance(inner.remotes[0], WatchedPipe):
+        pipes = zip(inner.remotes, inner.processes, strict=True)
+        inner.remotes = tuple(WatchedPipe(pipe, process, index) for index, (pipe, process) in enumerate(pipes))
+
+
+def set_timeout(env: VecEnv, seconds: float | None) -> None:
+    """
+    Let an environment of a ``SubprocVecEnv`` fail that hangs.
+
+    :param env: Environments, in wrappers or not
+    :param seconds: How long a step, a reset or another answer may take, None for ever
+    :raises ValueError: if they are no ``SubprocVecEnv``, or the time is not positive
+    """
+    inner = env.unwrapped
+    if not isinstance(inner, SubprocVecEnv):
+        raise ValueError(f"env={env!r} is not allowed: it must be a SubprocVecEnv (RayVecEnv has an argument timeout)")
+    if seconds is not None:
+        check_number("seconds", seconds, 0.0, open_low=True)
+    watch(env)
+    for pipe in inner.remotes:
+        pipe.timeout = seconds
 
 
 def wrong_shape(obs: Any, space: spaces.Space[Any], n_envs: int | None = None) -> str | None:
@@ -91,7 +154,7 @@ def check_step(
         problem = wrong_shape(obs, space, n_envs)
         if problem:
             raise FaultyEnvironmentError(f"The environments failed at step {num_timesteps}: {problem}")
-    if np.shape(rewards) != (n_envs,) and np.size(rewards) != n_envs:
+    if np.shape(rewards) != (n_envs,):
         raise FaultyEnvironmentError(
             f"The environments failed at step {num_timesteps}: the rewards have the shape {np.shape(rewards)}, it must be "
             f"{(n_envs,)}, a number of each environment"
@@ -116,14 +179,15 @@ def explain(error: Exception, env: VecEnv, num_timesteps: int) -> FaultyEnvironm
     if not inside:
         return None
     outer: VecEnv = inside[0].f_locals["self"]
-    index: int | None = getattr(getattr(error, "cause", error), "env_idx", None)
+    # Ray has the error of an actor as the cause of its own
+    index: int | None = getattr(getattr(error, "cause", error), "env_idx", failed_index(error))
     what = f"{type(error).__name__}: {error}"
-    for frame in inside:
-        if index is None and isinstance(frame.f_locals["self"], DummyVecEnv):
-            index = frame.f_locals.get("env_idx")
+    if frames[-1].f_code is DummyVecEnv.step_wait.__code__:
+        # nothing that the environment has called: what it returned
+        what += " (it must return an observation, a number as reward, two booleans and a dict)"
     workers = outer.unwrapped
     if isinstance(workers, SubprocVecEnv):
-        if isinstance(error, EOFError | OSError):
+        if isinstance(error, EOFError | OSError) and index is None:
             index, what = _ended_process(workers) or (index, what)
         results = [frame.f_locals["results"] for frame in inside if "results" in frame.f_locals]
         if results:
@@ -134,6 +198,17 @@ def explain(error: Exception, env: VecEnv, num_timesteps: int) -> FaultyEnvironm
     # the step that it did not make
     step = num_timesteps + (env.num_envs if inside[0].f_code.co_name == "step" else 0)
     return FaultyEnvironmentError(f"{name} failed at step {step}: {what}")
+
+
+def failed_index(error: Exception) -> int | None:
+    """
+    :param error: Raised by a ``DummyVecEnv``
+    :return: Index of the environment that it was asking, None if it was asking none
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(frame.f_locals.get("self"), DummyVecEnv) and "env_idx" in frame.f_locals:
+            return int(frame.f_locals["env_idx"])
+    return None
 
 
 def _ended_process(workers: SubprocVecEnv) -> tuple[int, str] | None:
@@ -157,7 +232,7 @@ def _unlike_the_others(results: list[tuple[Any, ...]], space: spaces.Space[Any])
         problem = wrong_shape(result[0], space)
         if problem:
             return index, problem
-        if len(result) > 2 and np.size(result[1]) != 1:
+        if len(result) > 2 and np.shape(result[1]) != ():
             return index, f"the reward is {_short(result[1])}, it must be a number"
     return None
 

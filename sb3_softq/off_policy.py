@@ -33,7 +33,7 @@ from sb3_softq.checks import (
     check_train_freq,
     check_type,
 )
-from sb3_softq.faults import check_shapes, check_step, explain, flatten, restore_statistics, statistics
+from sb3_softq.faults import check_step, explain, flatten, restore_statistics, statistics, watch
 from sb3_softq.finite import check_finite, check_parameters
 from sb3_softq.replay import check_replay_buffer, end_trajectory, store_last_step
 from sb3_softq.spaces import UnsupportedSpaceError, check_observation_space, check_vec_normalize
@@ -162,9 +162,6 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        if np.shape(reward) != (len(dones),) and np.size(reward) == len(dones):
-            # numbers in arrays of one element, which a DummyVecEnv takes out of them
-            reward = np.reshape(reward, len(dones))
         raw_obs, raw_reward = new_obs, reward
         if self._vec_normalize_env is not None:
             raw_obs, raw_reward = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
@@ -286,7 +283,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
-        check_shapes(env)
+        watch(env)
         return env
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
@@ -310,6 +307,9 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     ) -> SelfChecked:
         check_number("total_timesteps", 0 if total_timesteps == math.inf else total_timesteps, 0.0)
         self._stored = self.num_timesteps, statistics(self._vec_normalize_env)
+        for each in flatten(callback):
+            if isinstance(getattr(each, "eval_env", None), VecEnv):
+                watch(each.eval_env)  # type: ignore[attr-defined]
         try:
             super().learn(
                 # SB3 compares it with a step count: let 1e6 be written, and inf where a callback stops training
