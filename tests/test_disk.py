@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from sb3_softq import SoftQ, checkpoint, disk
 from sb3_softq.checkpoint import LOCK, ResumableCheckpoint, folder_lock, has_checkpoint, resume, steps_done
 from sb3_softq.disk import make_folder
 from tests.test_checkpoint import HOLD, ROOT, left, make, pendulum, train
+
+resource = pytest.importorskip("resource")
 
 
 class Between(BaseCallback):
