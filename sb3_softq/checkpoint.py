@@ -95,6 +95,8 @@ class ResumableCheckpoint(BaseCallback):
     def _on_training_start(self) -> None:
         self._saved_at = self._tried_at = self.model.num_timesteps
         self._position = self._failure = None
+        # an algorithm that tells of no error may have left it so
+        self._release()
         lock = _acquire(self.path)
         try:
             check_writable(self.path, TEMPORARY)

@@ -50,9 +50,10 @@ def check_writable(path: Path, probe: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         (folder / "file").write_bytes(b"0")
-        shutil.rmtree(folder)
     except OSError as error:
         raise refused(path, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def refused(path: Path, error: OSError) -> OSError:
@@ -66,16 +67,15 @@ def refused(path: Path, error: OSError) -> OSError:
     )
 
 
-def is_of_the_disk(error: BaseException | None) -> bool:
+def is_of_the_disk(error: BaseException) -> bool:
     """
     :param error: Of a save
-    :return: Whether the system has refused to write: torch's writer may turn that into an error of its own
+    :return: Whether the system has refused to write: torch's writer may turn that into a RuntimeError
     """
-    while error is not None:
-        if isinstance(error, OSError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    cause: BaseException | None = error if isinstance(error, OSError | RuntimeError) else None
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
 
 
 def not_saved(error: BaseException, path: Path, model: OffPolicyAlgorithm) -> OSError:

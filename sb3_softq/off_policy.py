@@ -165,6 +165,9 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         raw_obs, raw_reward = new_obs, reward
         if self._vec_normalize_env is not None:
             raw_obs, raw_reward = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
+        if not np.isfinite(buffer_action).all():
+            # what the environment made of it is no fault of its own
+            check_finite("action", buffer_action, self.num_timesteps)
         check_step(raw_obs, raw_reward, dones, infos, self.observation_space, self.num_timesteps)
         # observations first: a reward may have been computed from them
         check_finite("observation", raw_obs, self.num_timesteps, space=self.observation_space)

@@ -133,6 +133,36 @@ def test_a_full_disk_when_training_ends_by_an_error(tmp_path):
     assert is_free(tmp_path)
 
 
+def test_training_again_after_an_error_gives_the_folder_back(tmp_path):
+    """SAC tells the callback of no error."""
+
+    class Fails(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 50:
+                raise KeyError("mine")
+            return True
+
+    model, callback = make(cls=SAC), ResumableCheckpoint(40, tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError, match="mine"):
+        model.learn(200, [callback, Fails()])
+    model.learn(60, callback)
+    assert is_free(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_health_is_no_matter_of_the_disk_after_an_error_of_it_either(tmp_path):
+    model = train(tmp_path)
+    callback = ResumableCheckpoint(10, tmp_path)
+    callback.init_callback(model)
+    model.replay_buffer.rewards[0] = float("nan")
+    try:
+        raise BrokenPipeError
+    except BrokenPipeError:
+        with pytest.raises(ValueError, match="cannot be learned from"):
+            callback.save()
+
+
 @contextmanager
 def full_disk(path):
     """A file system of a megabyte, where the system lets it be made."""

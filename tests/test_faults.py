@@ -15,6 +15,7 @@ from filelock import FileLock
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_softq import DiscreteSoftQ, SoftQ
@@ -323,6 +324,22 @@ def test_an_error_is_not_lost_where_nothing_can_be_saved(tmp_path):
         pytest.raises(FaultyEnvironmentError, match="Environment 1 failed"),
     ):
         model.learn(200, callback)
+
+
+class BrokenNoise(ActionNoise):
+    """Becomes NaN at a step."""
+
+    steps = 0
+
+    def __call__(self):
+        self.steps += 1
+        return np.full(2, NAN if self.steps == BAD_STEP else 0.0)
+
+
+def test_an_action_that_is_no_number(tmp_path):
+    model = agent(environments("raises", 1, at=10**9), action_noise=BrokenNoise())
+    fails(model, tmp_path, rf"^action of environment 0 is not finite at step {BAD_STEP}: ")
+    check_saved(tmp_path, model)
 
 
 class Stop(BaseCallback):
