@@ -22,6 +22,7 @@ from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.checkpoint import LOCK, ResumableCheckpoint, resume, steps_done
 from sb3_softq.composition import compose
 from sb3_softq.faults import CheckedDummyVecEnv, FaultyEnvironmentError, check_step, set_timeout
+from sb3_softq.finite import DivergedError
 from tests.conftest import small
 
 NAN, INF = float("nan"), float("inf")
@@ -168,6 +169,9 @@ def test_faults_of_steps(tmp_path, fault, discrete):
     # the agent itself can go on, in a new episode
     env.envs[1].at = 10**9
     model.learn(20, reset_num_timesteps=False)
+    buffer, new = model.replay_buffer, BAD_STEP - 1
+    assert buffer.dones[new - 1].all()
+    assert (buffer.observations[new] != buffer.next_observations[new - 1]).all()
     assert model.num_timesteps == model.replay_buffer.size() * 2 == 2 * (BAD_STEP - 1) + 20
 
 
@@ -315,6 +319,21 @@ def test_what_has_diverged_is_not_saved(tmp_path):
         pass
 
 
+def test_a_loss_that_is_no_number_is_reason_enough(tmp_path, monkeypatch):
+    """Before a parameter is."""
+    model = agent(environments("raises", at=10**9))
+    callback = ResumableCheckpoint(10, tmp_path)
+
+    def diverge(gradient_steps, batch_size):
+        if model.num_timesteps == 36:
+            raise DivergedError("entropy became nan")
+
+    monkeypatch.setattr(model, "train", diverge)
+    with pytest.raises(ValueError, match="entropy became nan"):
+        model.learn(200, callback)
+    assert steps_done(tmp_path) == 30
+
+
 def test_an_error_is_not_lost_where_nothing_can_be_saved(tmp_path):
     model = agent(environments("raises"))
     callback = ResumableCheckpoint(10_000, tmp_path)
@@ -369,6 +388,13 @@ def test_a_stop_by_a_callback_keeps_the_last_step(tmp_path, algorithm, at, train
     ends = buffer.dones[: buffer.size() - 1].astype(bool)
     follows = (buffer.next_observations[: buffer.size() - 1] == buffer.observations[1 : buffer.size()]).all(axis=2)
     assert (follows | ends).all()
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+def test_a_stop_keeps_the_last_step_without_checkpoints_too(algorithm):
+    model = agent(environments("raises", at=10**9, discrete=algorithm is DiscreteSoftQ), algorithm)
+    model.learn(200, Stop(40))
+    assert model.num_timesteps == 2 * model.replay_buffer.size() == 40
 
 
 @pytest.mark.parametrize("fault", ["raises", "NaN", "shape (1,)"])
