@@ -9,7 +9,6 @@ import argparse
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
 import warnings
 import zipfile
@@ -20,7 +19,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import EvalCallback, ProgressBarCallback
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_softq import SoftQ
@@ -54,28 +53,6 @@ class ReturnBar(ProgressBarCallback):
         if returns:
             self.pbar.set_description(f"return {np.mean(returns):.1f}", refresh=False)
         return super()._on_step()
-
-
-class StopOnInterrupt(BaseCallback):
-    """
-    Ctrl-C ends training before the next step; a second one ends the program. A KeyboardInterrupt would now and then be lost:
-    where one arrives in a destructor or in a callback from C, Python drops it.
-    """
-
-    interrupted = False
-
-    def _on_training_start(self) -> None:
-        self.previous = signal.signal(signal.SIGINT, self._on_signal)
-
-    def _on_signal(self, *_: Any) -> None:
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _on_step(self) -> bool:
-        return not self.interrupted
-
-    def _on_training_end(self) -> None:
-        signal.signal(signal.SIGINT, self.previous)
 
 
 def parse_args() -> argparse.Namespace:
@@ -269,27 +246,32 @@ def main() -> int:
     bar = ReturnBar()
     checkpoint = ResumableCheckpoint(max(min(steps // 5, 20_000), 1), args.out / "checkpoints")
     evaluation = make_evaluation(args, steps, model)
-    stop = StopOnInterrupt()
-    model.learn(
-        max(steps - model.num_timesteps, 0),
-        callback=[stop, bar, evaluation, checkpoint],
-        reset_num_timesteps=model.num_timesteps == 0,
-        tb_log_name="SoftQ",
-    )
-    if stop.interrupted:
+    interrupted = False
+    try:
+        model.learn(
+            max(steps - model.num_timesteps, 0),
+            callback=[bar, evaluation, checkpoint],
+            reset_num_timesteps=model.num_timesteps == 0,
+            tb_log_name="SoftQ",
+        )
+    except KeyboardInterrupt:
+        if steps_done(checkpoint.path) != model.num_timesteps:
+            # the second Ctrl-C, of one who does not want to wait for a save
+            raise
+        interrupted = True
+        bar.on_training_end()
         print(f"Interrupted at step {model.num_timesteps}: saving")
-        checkpoint.save()
     model.save(args.out / "model.zip")
     plot(args)
-    if not stop.interrupted:
+    if not interrupted:
         make_video(args, (chosen_backend,) if chosen_backend else GL_BACKENDS)
     for name, title in ARTEFACTS.items():
         if (args.out / name).exists():
             print(f"{title:>20}: {args.out / name}")
-    if stop.interrupted:
+    if interrupted:
         command = ["python", sys.argv[0], "--env", args.env, "--out", str(args.out), "--steps", str(steps), "--resume"]
         print(f"To go on: {shlex.join(command)}")
-    return 130 if stop.interrupted else 0
+    return 130 if interrupted else 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from sb3_softq.checks import (
     check_schedule,
     number_from_string,
 )
+from sb3_softq.finite import DivergedError
 from sb3_softq.networks import polyak_update
 from sb3_softq.off_policy import CheckedOffPolicyAlgorithm
 
@@ -182,7 +183,7 @@ class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
         for key, steps in stats.items():
             value = sum(islice(values, len(steps))) / len(steps)
             if not math.isfinite(value):
-                raise ValueError(
+                raise DivergedError(
                     f"{key} became {value} after {self._n_updates} updates, at step {self.num_timesteps}: training stopped. "
                     "Lower learning rates, or normalised observations and rewards (VecNormalize), may help."
                 )

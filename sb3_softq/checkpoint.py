@@ -7,19 +7,12 @@ an old one is renamed away before it is deleted. Whenever a run is killed, its n
 """
 
 import os
-import re
 import shutil
-import signal
-import socket
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_pkl
@@ -28,9 +21,21 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_no
 
 from sb3_softq import manifest
 from sb3_softq.checks import check_integer
+from sb3_softq.disk import check_writable, is_of_the_disk, not_saved, sync
 from sb3_softq.episodes import restore_environments, save_environments
-from sb3_softq.finite import check_parameters
-from sb3_softq.manifest import DamagedCheckpointError
+from sb3_softq.finite import DivergedError, check_parameters
+from sb3_softq.folders import (
+    TEMPORARY,
+    checkpoints,
+    folder_lock,
+    has_checkpoint,
+    latest,
+    newest_intact,
+    numbers,
+    own,
+    steps_done,
+)
+from sb3_softq.interruption import Interruption
 from sb3_softq.off_policy import CheckedOffPolicyAlgorithm
 from sb3_softq.plain_files import (
     PLAIN_BUFFERS,
@@ -41,22 +46,15 @@ from sb3_softq.plain_files import (
     set_random_state,
 )
 from sb3_softq.plain_values import stored_names
-from sb3_softq.replay import check_newest, end_trajectory
-from sb3_softq.segments import load_segments, remember, save_segments
+from sb3_softq.replay import check_newest, end_trajectory, store_last_step
+from sb3_softq.segments import bytes_to_write, load_segments, remember, save_segments
 
 SelfOffPolicyAlgorithm = TypeVar("SelfOffPolicyAlgorithm", bound=OffPolicyAlgorithm)
 
-# Counted, because steps alone do not tell which one is the newest where a second run starts again from 0
-NAME = re.compile(r"checkpoint-(\d+)-step(\d+)")
-TEMPORARY = "checkpoint.tmp"
+__all__ = ["ResumableCheckpoint", "folder_lock", "has_checkpoint", "latest", "resume", "steps_done"]
+
 # Where they are in their episodes
 ENVIRONMENTS = "environments.npz"
-# Of a checkpoint that is not what was written
-DAMAGED = "damaged-"
-# Held while a run writes into a folder; the system lets go of it when the process dies
-LOCK, HOLDER = ".lock", ".holder"
-# That end a process whose program does not know them; Windows has no SIGHUP
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class ResumableCheckpoint(BaseCallback):
@@ -73,72 +71,126 @@ class ResumableCheckpoint(BaseCallback):
     are not saved, and a warning names them.
 
     Saves happen between rollouts, where the replay buffer, the networks and the number of steps belong together. From the
-    start of training to its end the folder belongs to this process. SIGTERM, as cluster schedulers send it, and SIGHUP save
-    after the rollout or evaluation that is going on and end the process with the usual status, 143 and 129, unless the
-    program handles them itself or trains in another thread than its main one.
+    start of training to its end the folder belongs to this process. SIGTERM, as cluster schedulers send it, SIGHUP and Ctrl-C
+    save after the rollout or evaluation that is going on and end the process with the usual status, 143, 129 and 130, unless
+    the program handles them itself or trains in another thread than its main one. A second Ctrl-C ends it at once.
+
+    Where training ends by an error, of an environment say, ``SoftQ`` and ``DiscreteSoftQ`` save what they had learned before
+    it, unless it is an error of what they learned.
 
     :param save_freq: Save every ``save_freq`` steps, counted over all environments
     :param path: Folder of the checkpoints
     :param keep: How many of the newest checkpoints are kept, at least 1
+    :param on_disk_error: What a save does that the disk has no room for, or that it refuses: ``"raise"`` ends training,
+        ``"continue"`` warns, and the next save tries again; :meth:`save` itself raises
     :raises ValueError: if an argument is out of its range
     """
 
     model: OffPolicyAlgorithm
 
-    def __init__(self, save_freq: int, path: str | Path, keep: int = 2):
+    def __init__(self, save_freq: int, path: str | Path, keep: int = 2, on_disk_error: str = "raise"):
         super().__init__()
         self.save_freq = check_integer("save_freq", save_freq, 1)
         self.path = Path(path)
         self.keep = check_integer("keep", keep, 1)
+        if on_disk_error not in ("raise", "continue"):
+            raise ValueError(f'on_disk_error={on_disk_error!r} is not allowed: it must be "raise" or "continue"')
+        self.on_disk_error = on_disk_error
         self._saved_at = 0
+        self._tried_at = 0
         # where the environments and the replay buffer are at the same step
         self._is_between_rollouts = True
         self._warned_of: set[str] = set()
         self._lock: FileLock | None = None
-        self._handled: list[int] = []
-        self._signal: int | None = None
+        self._interruption = Interruption()
+        # of the replay buffer before the step whose transition is stored next
+        self._position: int | None = None
+        # what the last save has raised
+        self._failure: BaseException | None = None
 
     def _on_training_start(self) -> None:
-        self._saved_at = self.model.num_timesteps
-        self._lock = _acquire(self.path)
-        if threading.current_thread() is threading.main_thread():
-            self._handled = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
-        for number in self._handled:
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        while frame is not None:
-            if frame.f_code is OffPolicyAlgorithm.learn.__code__ and frame.f_locals["self"] is self.model:
-                self._signal = number
-                return
-            frame = frame.f_back
-        # training ended by an error, which calls no callback
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        self._saved_at = self._tried_at = self.model.num_timesteps
+        self._position = self._failure = None
+        # an algorithm that tells of no error may have left it so
+        self._release()
+        lock = own(self.path)
+        try:
+            check_writable(self.path, TEMPORARY)
+        except OSError:
+            lock.release()
+            raise
+        self._lock = lock
+        # when training ends by an error of an environment, it may not answer any more
+        manifest.describe(self.training_env)
+        self._interruption.watch(self.model)
 
     def _on_rollout_start(self) -> None:
         self._is_between_rollouts = True
-        if self._signal is not None:
+        self._position = None
+        if self._interruption.number is not None:
             self._on_training_end()
-            raise SystemExit(128 + self._signal)
-        if self.model.num_timesteps - self._saved_at >= self.save_freq:
-            self.save()
+        if self.model.num_timesteps - self._tried_at >= self.save_freq:
+            self._save_in_training()
         self._is_between_rollouts = False
 
     def _on_step(self) -> bool:
+        assert self.model.replay_buffer is not None
+        self._position = self.model.replay_buffer.pos
         return True
 
     def _on_rollout_end(self) -> None:
         self._is_between_rollouts = True
+        self._position = None
 
     def _on_training_end(self) -> None:
-        self.save()
-        for number in self._handled:
-            signal.signal(number, signal.SIG_DFL)
-        self._handled = []
+        if self._lock is None:
+            return
+        try:
+            assert self.model.replay_buffer is not None
+            if self._position is not None:
+                # a callback has stopped a rollout; where the agent does not store the last step itself, it is done here
+                if self._position == self.model.replay_buffer.pos:
+                    store_last_step(self.model, self.locals)
+                self._is_between_rollouts = True
+            self._save_in_training()
+        finally:
+            self._release()
+        self._interruption.end_process()
+
+    def on_training_error(self, error: BaseException) -> None:
+        """
+        Save when training has ended by an error, and give the folder back; for algorithms that say so.
+
+        :param error: Which ended it
+        """
+        if self._lock is None:
+            return
+        wanted = isinstance(error, Exception) or self._interruption.number is None
+        try:
+            if wanted and not isinstance(error, DivergedError) and error is not self._failure:
+                self.save()
+        except Exception as failure:
+            warnings.warn(f"Training ended by an error, and its last steps could not be saved: {failure}", stacklevel=2)
+        finally:
+            self._release()
+        if isinstance(error, Exception):
+            # Ctrl-C reaches the processes of environments too, which end by it
+            self._interruption.end_process()
+
+    def _release(self) -> None:
+        self._interruption.release()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def _save_in_training(self) -> None:
+        self._tried_at = self.model.num_timesteps
+        try:
+            self.save()
+        except OSError as error:
+            if self.on_disk_error == "raise":
+                raise
+            warnings.warn(f"{error}. Training goes on, the next save tries again", stacklevel=2)
 
     def save(self) -> Path:
         """
@@ -147,20 +199,30 @@ class ResumableCheckpoint(BaseCallback):
         :return: Folder of the checkpoint
         :raises ValueError: if a parameter, or what the replay buffer has gained since the last save, is NaN or infinite; the
             last checkpoint stays
+        :raises OSError: if the disk does not take it, saying how much room there is; the last checkpoint stays
         :raises RuntimeError: if another process writes into the folder
         """
         with folder_lock(self.path):
-            return self._save()
+            try:
+                return self._save()
+            except BaseException as error:
+                # it would keep a full disk full
+                shutil.rmtree(self.path / TEMPORARY, ignore_errors=True)
+                self._failure = error
+                if isinstance(error, Exception) and is_of_the_disk(error):
+                    self._failure = not_saved(error, self.path, self.model, self._bytes_of_buffer())
+                    raise self._failure from error
+                raise
 
     def _save(self) -> Path:
         steps = self.model.num_timesteps
         check_parameters(self.model.policy, steps)
         assert self.model.replay_buffer is not None
         check_newest(self.model.replay_buffer, -(-(steps - self._saved_at) // self.model.n_envs), steps)
-        older = _checkpoints(self.path)
-        count = 1 + (_numbers(older[-1])[0] if older else 0)
+        older = checkpoints(self.path)
+        count = 1 + (numbers(older[-1])[0] if older else 0)
         folder = self.path / f"checkpoint-{count}-step{self.model.num_timesteps}"
-        replaced = older[-self.keep] if len(older) >= self.keep else None
+        replaced = self._replaced(older)
         temporary = self.path / TEMPORARY
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -181,9 +243,9 @@ class ResumableCheckpoint(BaseCallback):
 
         for file in (*temporary.iterdir(), temporary):
             if file.name not in linked:
-                _sync(file)
+                sync(file)
         os.replace(temporary, folder)
-        _sync(self.path)
+        sync(self.path)
         for old in older[: len(older) + 1 - self.keep]:
             os.replace(old, temporary)
             shutil.rmtree(temporary)
@@ -191,6 +253,15 @@ class ResumableCheckpoint(BaseCallback):
             remember(buffer, folder, saved)
         self._saved_at = self.model.num_timesteps
         return folder
+
+    def _replaced(self, older: list[Path]) -> Path | None:
+        """The checkpoint whose place the next one takes."""
+        return older[-self.keep] if len(older) >= self.keep else None
+
+    def _bytes_of_buffer(self) -> int:
+        """About how many a save writes."""
+        assert self.model.replay_buffer is not None
+        return bytes_to_write(self.model.replay_buffer, self._replaced(checkpoints(self.path)), self.model.num_timesteps)
 
     def _unknown_attributes(self) -> set[str]:
         """Of the model, that none of its classes sets."""
@@ -203,52 +274,6 @@ class ResumableCheckpoint(BaseCallback):
                 + ", ".join(sorted(new))
             )
         return unknown
-
-
-@contextmanager
-def folder_lock(path: str | Path) -> Iterator[None]:
-    """
-    Own a folder of checkpoints: no other process can save into it meanwhile. A process that dies lets go of it.
-
-    :param path: Folder of the checkpoints
-    :raises RuntimeError: if another process owns it, naming that
-    """
-    lock = _acquire(Path(path))
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def latest(path: str | Path) -> Path | None:
-    """
-    :param path: Folder of the checkpoints
-    :return: Folder of the newest checkpoint that is what was written, None if there is none
-    """
-    for folder in reversed(_checkpoints(Path(path))):
-        try:
-            manifest.read(folder)
-        except DamagedCheckpointError:
-            continue
-        return folder
-    return None
-
-
-def has_checkpoint(path: str | Path) -> bool:
-    """
-    :param path: Folder of the checkpoints
-    :return: Whether there is a checkpoint to resume from
-    """
-    return latest(path) is not None
-
-
-def steps_done(path: str | Path) -> int:
-    """
-    :param path: Folder of the checkpoints
-    :return: Number of steps at the newest checkpoint, 0 if there is none
-    """
-    folder = latest(path)
-    return 0 if folder is None else _numbers(folder)[1]
 
 
 def resume(
@@ -276,7 +301,7 @@ def resume(
     :raises ValueError: if the algorithm's class, the environment, the number of environments, their spaces or their
         ``VecNormalize`` are not those that were saved
     """
-    folder, saved = _newest_intact(Path(path))
+    folder, saved = newest_intact(Path(path))
     manifest.check_class(saved, cls)
     env = env if isinstance(env, VecEnv) else cls._wrap_env(env)
     # pickled before there was a manifest
@@ -293,60 +318,6 @@ def resume(
         model.env.seed(model.seed + model.num_timesteps)
     set_random_state(model, load_random_state(folder / "random.json") if saved else load_from_pkl(folder / "random.pkl"))
     return model
-
-
-def _newest_intact(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Folder and manifest of the newest checkpoint that is not damaged; damaged ones are set aside on the way."""
-    damages: list[str] = []
-    for folder in reversed(_checkpoints(path)):
-        try:
-            return folder, manifest.read(folder)
-        except DamagedCheckpointError as error:
-            damages.append(str(error))
-            aside = folder.with_name(DAMAGED + folder.name)
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder, aside)
-            warnings.warn(f"{error}. It is set aside as {aside.name}, the checkpoint before it is used.", stacklevel=3)
-    if damages:
-        raise DamagedCheckpointError("All checkpoints are damaged: " + "; ".join(damages))
-    raise FileNotFoundError(f"There is no checkpoint in {path.absolute()}")
-
-
-def _acquire(path: Path) -> FileLock:
-    path.mkdir(parents=True, exist_ok=True)
-    # one per folder and process: training and a save within it own the same
-    lock = FileLock(path / LOCK, is_singleton=True)
-    holder = path / HOLDER
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        who = holder.read_text() if holder.exists() else "another process"
-        raise RuntimeError(f"{path.absolute()} is not free: {who} writes its checkpoints there") from error
-    holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    return lock
-
-
-def _numbers(folder: Path) -> tuple[int, int]:
-    """Count and steps of a checkpoint, by its name."""
-    match = NAME.fullmatch(folder.name)
-    assert match is not None
-    return int(match[1]), int(match[2])
-
-
-def _checkpoints(path: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted((folder for folder in path.glob("*") if NAME.fullmatch(folder.name)), key=_numbers)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows does not open folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _restore_environments(model: OffPolicyAlgorithm, folder: Path, saved: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_softq.env_state import CALL, capture, refusal, restore
+from sb3_softq.faults import CheckedDummyVecEnv
 from sb3_softq.plain_values import OpaqueError, decode, encode
 
 # Attributes of what holds environments
@@ -87,9 +88,13 @@ def _collect(model: OffPolicyAlgorithm) -> dict[str, Any]:
     if env is None or model._last_obs is None:
         raise OpaqueError("no episode has begun")
     *wrappers, base = _vec_layers(env)
-    if type(base) not in (DummyVecEnv, SubprocVecEnv):
+    if type(base) not in (DummyVecEnv, CheckedDummyVecEnv, SubprocVecEnv):
         raise OpaqueError(f"{type(base).__name__} is neither a DummyVecEnv nor a SubprocVecEnv")
-    found = env.env_method(CALL, capture)
+    try:
+        found = env.env_method(CALL, capture)
+    except Exception as error:
+        # a process has ended: the next step will tell, and what was learned can be saved
+        raise OpaqueError(f"the environments do not answer ({type(error).__name__}: {error})") from error
     for index, state in enumerate(found):
         if isinstance(state, str):
             raise OpaqueError(f"environment {index}: {state}")

@@ -7,6 +7,10 @@ import torch as th
 from gymnasium import spaces
 
 
+class DivergedError(ValueError):
+    """The agent has learned, or is about to learn, something that is not finite."""
+
+
 def check_finite(
     name: str,
     data: Any,
@@ -60,11 +64,11 @@ def check_parameters(policy: th.nn.Module, num_timesteps: int) -> None:
     """
     :param policy: Networks of the agent
     :param num_timesteps: Number of steps so far
-    :raises ValueError: if a parameter is NaN or infinite, naming it
+    :raises DivergedError: if a parameter is NaN or infinite, a ValueError that names it
     """
     for name, parameter in policy.named_parameters():
         if not th.isfinite(parameter).all():
-            raise ValueError(
+            raise DivergedError(
                 f"parameter {name} is not finite at step {num_timesteps}: training stopped. Lower learning rates, or "
                 "normalised observations and rewards (VecNormalize), may help."
             )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import gymnasium
 import numpy as np
@@ -23,6 +24,8 @@ FORMAT = 2
 REQUIRED = ("model.zip", "replay_buffer.pkl", "random.pkl")
 # Sizes and times of the files of a folder whose contents this process has found to be those that were written
 _intact: dict[Path, list[tuple[str, int, int, int]]] = {}
+# Of environments that were asked
+_specs_of: WeakKeyDictionary[VecEnv, list[Any] | None] = WeakKeyDictionary()
 
 
 class DamagedCheckpointError(ValueError):
@@ -114,7 +117,7 @@ def describe(env: VecEnv) -> dict[str, Any]:
     :param env: Environments
     :return: What of them a checkpoint depends on
     """
-    specs = _attribute(env, "spec")
+    specs = _specs(env)
     spec = None if specs is None else specs[0]
     vec_normalize = unwrap_vec_normalize(env)
     return {
@@ -164,11 +167,14 @@ def _entries(base: Path, names: Collection[str]) -> dict[str, Any]:
         return {}
 
 
-def _attribute(env: VecEnv, name: str) -> list[Any] | None:
-    try:
-        return env.get_attr(name)
-    except AttributeError:
-        return None
+def _specs(env: VecEnv) -> list[Any] | None:
+    """Of the environments, which are asked once: later their processes may have ended."""
+    if env not in _specs_of:
+        try:
+            _specs_of[env] = env.get_attr("spec")
+        except AttributeError:
+            _specs_of[env] = None
+    return _specs_of[env]
 
 
 def _arguments(model: OffPolicyAlgorithm) -> dict[str, Any]:

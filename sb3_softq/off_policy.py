@@ -4,6 +4,8 @@ import copy
 import io
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -18,7 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TrainFreq
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_softq.checks import (
@@ -32,8 +34,9 @@ from sb3_softq.checks import (
     check_train_freq,
     check_type,
 )
+from sb3_softq.faults import check_step, explain, flatten, restore_statistics, statistics, watch
 from sb3_softq.finite import check_finite, check_parameters
-from sb3_softq.replay import check_replay_buffer, end_trajectory
+from sb3_softq.replay import check_replay_buffer, end_trajectory, store_last_step
 from sb3_softq.spaces import UnsupportedSpaceError, check_observation_space, check_vec_normalize
 from sb3_softq.untrusted import objects_without_unpickling
 
@@ -57,6 +60,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     _buffer_is_loaded = False
     # Whether the next call of learn goes on in the middle of an episode, with the action noise of it
     _keeps_action_noise = False
+    # Steps, and statistics of VecNormalize, when the newest transition was stored
+    _stored: tuple[int, Any] = (0, [])
     # Dataclasses among the attributes, whose fields are plain
     plain_objects: ClassVar[dict[str, type]] = {}
     # Arguments that are converted to float if they came as another kind of number
@@ -163,6 +168,10 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         raw_obs, raw_reward = new_obs, reward
         if self._vec_normalize_env is not None:
             raw_obs, raw_reward = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
+        if not np.isfinite(buffer_action).all():
+            # what the environment made of it is no fault of its own
+            check_finite("action", buffer_action, self.num_timesteps)
+        check_step(raw_obs, raw_reward, dones, infos, self.observation_space, self.num_timesteps)
         # observations first: a reward may have been computed from them
         check_finite("observation", raw_obs, self.num_timesteps, space=self.observation_space)
         # new_obs is the next episode's first one by then
@@ -172,6 +181,36 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
                 check_finite("last observation", last_obs, self.num_timesteps, int(env_idx), self.observation_space)
         check_finite("reward", raw_reward, self.num_timesteps)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._stored = self.num_timesteps, statistics(self._vec_normalize_env)
+
+    @contextmanager
+    def _faults_explained(self) -> Iterator[None]:
+        """Where an environment fails, the error says which one and at which step."""
+        try:
+            yield
+        except Exception as error:
+            fault = None if self.env is None else explain(error, self.env, self.num_timesteps)
+            if fault is None:
+                raise
+            raise fault from error
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: ReplayBuffer,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        with self._faults_explained():
+            rollout = super().collect_rollouts(
+                env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+            )
+        if not rollout.continue_training:
+            store_last_step(self, callback.locals)
+        return rollout
 
     def _setup_learn(
         self,
@@ -188,15 +227,18 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             end_trajectory(self.replay_buffer)
             self._buffer_is_loaded = False
         noise = copy.deepcopy(self.action_noise)
-        total_timesteps, callback = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        with self._faults_explained():
+            total_timesteps, callback = super()._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
         if self._keeps_action_noise and not resets:
             # SB3 has reset it
             self.action_noise = noise
         self._keeps_action_noise = False
         first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
+        check_step(first_obs, np.zeros(self.n_envs), np.zeros(self.n_envs), [], self.observation_space, self.num_timesteps)
         check_finite("first observation", first_obs, self.num_timesteps, space=self.observation_space)
+        self._stored = self.num_timesteps, statistics(self._vec_normalize_env)
         return total_timesteps, callback
 
     def _begin_learning(self, reset_num_timesteps: bool) -> None:
@@ -253,6 +295,12 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             custom_objects = objects_without_unpickling(cls, path, vec_env, custom_objects or {}, kwargs, cls.plain_objects)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        watch(env)
+        return env
+
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         env = self._wrap_env(env, self.verbose)
         check_vec_normalize(env)
@@ -273,18 +321,36 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfChecked:
         check_number("total_timesteps", 0 if total_timesteps == math.inf else total_timesteps, 0.0)
-        super().learn(
-            # SB3 compares it with a step count: let 1e6 be written, and inf where a callback stops training
-            total_timesteps=total_timesteps if total_timesteps == math.inf else int(total_timesteps),  # type: ignore[arg-type]
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        self._stored = self.num_timesteps, statistics(self._vec_normalize_env)
+        for each in flatten(callback):
+            if isinstance(getattr(each, "eval_env", None), VecEnv):
+                watch(each.eval_env)  # type: ignore[attr-defined]
+        try:
+            super().learn(
+                # SB3 compares it with a step count: let 1e6 be written, and inf where a callback stops training
+                total_timesteps=total_timesteps if total_timesteps == math.inf else int(total_timesteps),  # type: ignore[arg-type]
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+        except BaseException as error:
+            self._return_to_stored()
+            for each in flatten(callback):
+                # SB3 tells callbacks of no error
+                if hasattr(each, "on_training_error"):
+                    each.on_training_error(error)
+            raise
         # the losses of the last update were those before it
         check_parameters(self.policy, self.num_timesteps)
         return self
 
+    def _return_to_stored(self) -> None:
+        """Forget a step whose transition was not stored; what the environments do next is another episode."""
+        self.num_timesteps, normalisation = self._stored
+        restore_statistics(normalisation)
+        self._last_obs = None
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_is_loaded", "_keeps_action_noise"]
+        return [*super()._excluded_save_params(), "_is_loaded", "_keeps_action_noise", "_stored"]

@@ -1,10 +1,25 @@
 """Replay buffers of Stable-Baselines3 where an environment is reset in the middle of an episode."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+
+def store_last_step(model: OffPolicyAlgorithm, step: dict[str, Any]) -> None:
+    """
+    Store the transition after which a callback has stopped training: Stable-Baselines3 counts that step, but leaves its
+    transition out, and training that goes on would store one from before it to after it.
+
+    :param model: The agent
+    :param step: Local variables of the rollout, as callbacks have them
+    """
+    names = ("buffer_actions", "new_obs", "rewards", "dones", "infos")
+    assert model.replay_buffer is not None
+    model._store_transition(model.replay_buffer, *(step[name] for name in names))
 
 
 def end_trajectory(buffer: ReplayBuffer) -> None:

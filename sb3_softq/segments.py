@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from sb3_softq.plain_files import buffer_arrays, load_buffer, save_buffer
+from sb3_softq.plain_files import PLAIN_BUFFERS, buffer_arrays, load_buffer, save_buffer
 
 WHOLE = "replay_buffer.npz"
 _PART = re.compile(r"replay-(\d{8})\.npz")
@@ -75,24 +75,33 @@ def save_segments(buffer: ReplayBuffer, folder: Path, base: Path | None, num_tim
     :param num_timesteps: Of the agent
     :return: What to tell :func:`remember`, and the names of the files that come from ``base``
     """
-    before = None if base is None else _known.get(buffer, {}).get(base.resolve())
-    gained = None if before is None else _gained(buffer, before, num_timesteps)
-    if before is not None and base is not None and gained is not None:
-        # The newest row may have changed, since a reset ends its episode, and so may the row after it, where the memory
-        # efficient variant has the newest next observation.
-        number = 1 + max(_number(segment.name) for segment in before.segments)
-        start = (before.pos - 1) % buffer.buffer_size
-        new = Segment(f"replay-{number:08d}.npz", start, gained + 2)
-        segments = _needed([*before.segments, new], buffer.buffer_size)
-        old = {segment.name for segment in segments[:-1]}
-        if len(segments) <= MAX_FILES and _link(old, base, folder):
-            rows = np.arange(start, start + new.n_rows) % buffer.buffer_size
-            place = np.array([buffer.pos, buffer.full, start, new.n_rows, buffer.buffer_size])
+    segments = _continued(buffer, base, num_timesteps)
+    if segments is not None and base is not None:
+        *others, new = segments
+        old = {segment.name for segment in others}
+        if _link(old, base, folder):
+            rows = np.arange(new.start, new.start + new.n_rows) % buffer.buffer_size
+            place = np.array([buffer.pos, buffer.full, new.start, new.n_rows, buffer.buffer_size])
             arrays = {name: array[rows] for name, array in buffer_arrays(buffer).items()}
             np.savez(folder / new.name, place=place, **arrays)  # type: ignore[arg-type]
             return _saved(buffer, segments, num_timesteps), old
     n_rows = save_buffer(buffer, folder / WHOLE)
     return _saved(buffer, [Segment(WHOLE, 0, n_rows)], num_timesteps), set()
+
+
+def bytes_to_write(buffer: ReplayBuffer, base: Path | None, num_timesteps: int) -> int:
+    """
+    :param buffer: Replay buffer; those of other kinds are pickled whole
+    :param base: Folder whose files may be used, None if there is none
+    :param num_timesteps: Of the agent
+    :return: About how many bytes of it a save writes
+    """
+    if type(buffer) not in PLAIN_BUFFERS:
+        parts = [part for x in vars(buffer).values() for part in (x.values() if isinstance(x, dict) else [x])]
+        return sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
+    segments = _continued(buffer, base, num_timesteps)
+    n_rows = buffer.size() if segments is None else segments[-1].n_rows
+    return sum(array.nbytes for array in buffer_arrays(buffer).values()) * n_rows // buffer.buffer_size
 
 
 def load_segments(buffer: ReplayBuffer, folder: Path, num_timesteps: int) -> None:
@@ -145,6 +154,20 @@ def _load_rows(buffer: ReplayBuffer, path: Path) -> tuple[Segment, np.ndarray]:
             array[rows] = values
     buffer.pos, buffer.full = pos, bool(full)
     return Segment(path.name, start, n_rows), rows
+
+
+def _continued(buffer: ReplayBuffer, base: Path | None, num_timesteps: int) -> list[Segment] | None:
+    """Segments of a folder with what was added since, as the last one; None where the buffer is to be written whole."""
+    before = None if base is None else _known.get(buffer, {}).get(base.resolve())
+    gained = None if before is None else _gained(buffer, before, num_timesteps)
+    if before is None or gained is None:
+        return None
+    # The newest row may have changed, since a reset ends its episode, and so may the row after it, where the memory
+    # efficient variant has the newest next observation.
+    number = 1 + max(_number(segment.name) for segment in before.segments)
+    new = Segment(f"replay-{number:08d}.npz", (before.pos - 1) % buffer.buffer_size, gained + 2)
+    segments = _needed([*before.segments, new], buffer.buffer_size)
+    return segments if len(segments) <= MAX_FILES else None
 
 
 def _number(name: str) -> int:

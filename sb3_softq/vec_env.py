@@ -2,16 +2,16 @@
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from sb3_softq.checks import check_integer, check_number
+from sb3_softq.faults import CheckedDummyVecEnv, failed_index
 
 try:
     import ray
@@ -26,10 +26,16 @@ START_ATTEMPTS = 3
 
 
 class EnvWorker:
-    """A share of the environments, in a process of its own: what it is asked, its :class:`DummyVecEnv` does."""
+    """
+    A share of the environments, in a process of its own: what it is asked, its ``DummyVecEnv`` does.
 
-    def __init__(self, env_fns: list[Callable[[], gym.Env]]):
-        self.envs = DummyVecEnv(env_fns)
+    :param env_fns: Functions that make them
+    :param first: Index of the first one among all
+    """
+
+    def __init__(self, env_fns: list[Callable[[], gym.Env]], first: int):
+        self.envs = CheckedDummyVecEnv(env_fns)
+        self.first = first
 
     def spaces(self) -> tuple[gym.Space[Any], gym.Space[Any]]:
         return self.envs.observation_space, self.envs.action_space
@@ -38,10 +44,23 @@ class EnvWorker:
         if seed is not None:
             self.envs.seed(seed)
         self.envs.set_options(options)
-        return self.envs.reset(), self.envs.reset_infos
+        with self._index_told():
+            return self.envs.reset(), self.envs.reset_infos
 
     def step(self, actions: np.ndarray) -> tuple[VecEnvStepReturn, list[dict[str, Any]]]:
-        return self.envs.step(actions), self.envs.reset_infos
+        with self._index_told():
+            return self.envs.step(actions), self.envs.reset_infos
+
+    @contextmanager
+    def _index_told(self) -> Iterator[None]:
+        """The traceback of an error stays here: it takes the index of the environment with it."""
+        try:
+            yield
+        except Exception as error:
+            index = failed_index(error)
+            if index is not None:
+                error.env_idx = self.first + index  # type: ignore[attr-defined]
+            raise
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.envs, method)(*args, **kwargs)
@@ -56,10 +75,10 @@ class RayVecEnv(VecEnv):
     An actor steps its share of the environments one after the other (in a ``DummyVecEnv``), and the actors work at the
     same time. The same seeds give the same trajectories as ``DummyVecEnv``.
 
-    **An actor, or its machine, that dies** is started again where there is room, and the log says so. Its episodes end
-    as truncated: that step returns reward 0, ``done``, ``TimeLimit.truncated`` and ``actor_restarted`` in ``info``, the last
-    observation received as ``terminal_observation``, and the first observation of a new episode. What ``set_attr``
-    changed is set again; what ``env_method`` changed is not.
+    **An actor, or its machine, that dies** is started again where there is room, and the log says so; so is one that takes
+    longer than ``timeout``, which is killed. Its episodes end as truncated: that step returns reward 0, ``done``,
+    ``TimeLimit.truncated`` and ``actor_restarted`` in ``info``, the last observation received as ``terminal_observation``,
+    and the first observation of a new episode. What ``set_attr`` changed is set again; what ``env_method`` changed is not.
 
     :param env_fns: Functions that make the environments, sent to the actors by cloudpickle
     :param n_actors: Number of actors, which share the environments evenly, from 1 to the number of environments.
@@ -69,8 +88,11 @@ class RayVecEnv(VecEnv):
     :param actor_options: Options of the actors, for example ``{"num_cpus": 1, "resources": {"simulator": 1}}``,
         see ``ray.actor.ActorClass.options``. By default they spread over the machines
     :param start_timeout: Seconds that an actor may take to start, a positive number
+    :param timeout: Seconds that an actor may take for a step or a reset of its environments, or another answer, a positive
+        number; None for ever
     :raises ValueError: if an argument is out of its range
-    :raises TimeoutError: if an actor does not start in time, for example because the cluster has no room for it
+    :raises TimeoutError: if an actor does not start in time, for example because the cluster has no room for it; in use, if
+        one that was started again does not answer either
     """
 
     def __init__(
@@ -80,12 +102,15 @@ class RayVecEnv(VecEnv):
         address: str | None = None,
         actor_options: dict[str, Any] | None = None,
         start_timeout: float = 300.0,
+        timeout: float | None = None,
     ):
         if not env_fns:
             raise ValueError("env_fns=[] is not allowed: expected at least one function that makes an environment")
         if n_actors is not None:
             check_integer("n_actors", n_actors, 1, len(env_fns))
         check_number("start_timeout", start_timeout, 0.0, open_low=True)
+        if timeout is not None:
+            check_number("timeout", timeout, 0.0, open_low=True)
         if not ray.is_initialized():
             ray.init(address=address, include_dashboard=False if address is None else None)
         if n_actors is None:
@@ -93,6 +118,7 @@ class RayVecEnv(VecEnv):
 
         self.env_fns = env_fns
         self.start_timeout = start_timeout
+        self.timeout = timeout
         self.closed = False
         #: How often an actor has been started again
         self.n_restarts = 0
@@ -100,17 +126,18 @@ class RayVecEnv(VecEnv):
         self._shares = np.array_split(np.arange(len(env_fns)), n_actors)
         self._actor_class = ray.remote(EnvWorker).options(**({"scheduling_strategy": "SPREAD"} | (actor_options or {})))
         self._actors = [self._start(share) for share in self._shares]
-        # results of the step that is under way
+        # results of the step that is under way, and when it began
         self._steps: list[Any] | None = None
+        self._asked_at = 0.0
         # per actor, the last observations received, and after its death those of the new episodes
         self._last_obs: list[Any] = [None] * n_actors
         self._new_obs: dict[int, Any] = {}
         self._attributes: dict[tuple[int, str], Any] = {}
         self._restart_seed: int | None = None
 
-        super().__init__(len(env_fns), *self._wait(self._actors[0].spaces.remote(), self.start_timeout))
+        super().__init__(len(env_fns), *self._wait_for_start(self._actors[0]))
         for actor in self._actors[1:]:
-            self._wait(actor.spaces.remote(), self.start_timeout)
+            self._wait_for_start(actor)
 
     # ------------------------------------------------------------------ episodes
 
@@ -120,6 +147,7 @@ class RayVecEnv(VecEnv):
         if self._seeds[0] is not None:
             self._restart_seed = self._seeds[0]
         arguments = [(self._seeds[share[0]], [self._options[i] for i in share]) for share in self._shares]
+        self._asked_at = time.monotonic()
         refs = [actor.reset.remote(*args) for actor, args in zip(self._actors, arguments, strict=True)]
         results = [self._get(i, refs[i], "reset", *arguments[i]) for i in range(len(refs))]
         self._last_obs = [obs for obs, _ in results]
@@ -131,6 +159,7 @@ class RayVecEnv(VecEnv):
         return self._join(self._last_obs)
 
     def step_async(self, actions: np.ndarray) -> None:
+        self._asked_at = time.monotonic()
         # an actor that has started again since has an episode to begin, not one to continue
         self._steps = [
             None if i in self._new_obs else actor.step.remote(actions[share])
@@ -144,7 +173,7 @@ class RayVecEnv(VecEnv):
         for i, step in enumerate(steps):
             try:
                 result, reset_infos = self._truncated_step(i) if step is None else self._wait(step)
-            except RayActorError as error:
+            except (RayActorError, GetTimeoutError) as error:
                 # unless a question asked meanwhile has found it dead
                 if i not in self._new_obs:
                     self._restart(i, error)
@@ -183,32 +212,49 @@ class RayVecEnv(VecEnv):
     # ------------------------------------------------------------------ actors
 
     def _start(self, share: np.ndarray) -> Any:
-        return self._actor_class.remote([self.env_fns[i] for i in share])
+        return self._actor_class.remote([self.env_fns[i] for i in share], int(share[0]))
 
-    def _wait(self, ref: Any, timeout: float | None = None) -> Any:
+    def _wait(self, ref: Any) -> Any:
+        """For an answer: of actors that were asked at once, each has the time that is left."""
+        if self.timeout is None:
+            return ray.get(ref)
+        return ray.get(ref, timeout=max(0.0, self._asked_at + self.timeout - time.monotonic()))
+
+    def _wait_for_start(self, actor: Any) -> Any:
         try:
-            return ray.get(ref, timeout=timeout)
+            return ray.get(actor.spaces.remote(), timeout=self.start_timeout)
         except GetTimeoutError as error:
             raise TimeoutError(
-                f"An actor has not started within start_timeout={timeout:g} seconds. "
+                f"An actor has not started within start_timeout={self.start_timeout:g} seconds. "
                 f"Resources of the cluster that are free: {ray.available_resources()}"
             ) from error
 
+    def _ask_again(self, i: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What an actor that has just started is asked has an answer, or there is no use in starting it again."""
+        try:
+            return ray.get(getattr(self._actors[i], method).remote(*args, **kwargs), timeout=self.timeout)
+        except GetTimeoutError as error:
+            share = self._shares[i]
+            raise TimeoutError(
+                f"An actor with environments {share[0]} to {share[-1]} has not answered {method}() within timeout="
+                f"{self.timeout:g} seconds, and has not done so after it was started again either"
+            ) from error
+
     def _get(self, i: int, ref: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Wait for an answer, and ask again if the actor dies meanwhile."""
+        """Wait for an answer, and ask again if the actor dies meanwhile, or takes too long."""
         try:
             return self._wait(ref)
-        except RayActorError as error:
+        except (RayActorError, GetTimeoutError) as error:
             self._restart(i, error)
-            return self._wait(getattr(self._actors[i], method).remote(*args, **kwargs))
+            return self._ask_again(i, method, *args, **kwargs)
 
-    def _restart(self, i: int, error: RayActorError) -> None:
+    def _restart(self, i: int, error: RayActorError | GetTimeoutError) -> None:
         """Start an actor anew, and an episode in each of its environments."""
         self.n_restarts += 1
         share = self._shares[i]
         logger.warning(
-            "Actor %d with environments %d to %d died and is started again, its episodes are truncated: %s",
-            *(i, share[0], share[-1], error),
+            "Actor %d with environments %d to %d %s and is started again, its episodes are truncated: %s",
+            *(i, share[0], share[-1], "died" if isinstance(error, RayActorError) else f"hung for {self.timeout} s", error),
         )
         seed = None
         if self._restart_seed is not None:
@@ -219,11 +265,11 @@ class RayVecEnv(VecEnv):
             ray.kill(self._actors[i])
             actor = self._actors[i] = self._start(share)
             try:
-                self._wait(actor.spaces.remote(), self.start_timeout)
+                self._wait_for_start(actor)
                 for (index, name), value in self._attributes.items():
                     if index in share:
-                        self._wait(actor.call.remote("set_attr", name, value, index - int(share[0])))
-                self._new_obs[i] = self._wait(actor.reset.remote(seed, [{} for _ in share]))
+                        self._ask_again(i, "call", "set_attr", name, value, index - int(share[0]))
+                self._new_obs[i] = self._ask_again(i, "reset", seed, [{} for _ in share])
                 return
             except RayActorError as again:
                 # a machine that dies can be chosen again before its death is known
@@ -238,8 +284,8 @@ class RayVecEnv(VecEnv):
         # Ray may have been shut down, with all actors
         if ray.is_initialized():
             for actor in self._actors:
-                with suppress(RayActorError):
-                    self._wait(actor.call.remote("close"))
+                with suppress(RayActorError, GetTimeoutError):
+                    ray.get(actor.call.remote("close"), timeout=self.timeout)
                 ray.kill(actor)
 
     # ------------------------------------------------------------------ questions to the environments
@@ -248,6 +294,7 @@ class RayVecEnv(VecEnv):
         """Answers of that method of ``DummyVecEnv``, one per environment."""
         chosen = [range(self.num_envs)[index] for index in self._get_indices(indices)]
         calls = []
+        self._asked_at = time.monotonic()
         for i, share in enumerate(self._shares):
             mine = [index for index in chosen if index in share]
             if mine:
@@ -260,6 +307,7 @@ class RayVecEnv(VecEnv):
         return [answers[index] for index in chosen]
 
     def has_attr(self, attr_name: str) -> bool:
+        self._asked_at = time.monotonic()
         refs = [actor.call.remote("has_attr", attr_name) for actor in self._actors]
         return all([self._get(i, ref, "call", "has_attr", attr_name) for i, ref in enumerate(refs)])
 
@@ -279,5 +327,6 @@ class RayVecEnv(VecEnv):
         return self._ask(indices, "env_is_wrapped", wrapper_class)
 
     def get_images(self) -> list[np.ndarray | None]:
+        self._asked_at = time.monotonic()
         refs = [actor.call.remote("get_images") for actor in self._actors]
         return [image for i, ref in enumerate(refs) for image in self._get(i, ref, "call", "get_images")]

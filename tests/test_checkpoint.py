@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softq import SoftQ, checkpoint
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, latest, resume, steps_done
+from sb3_softq.folders import HOLDER, LOCK, TEMPORARY
 from tests.conftest import RandomEnv, flat, small
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +62,7 @@ def reload(path, env=None, cls=SoftQ, **kwargs):
 
 def left(path):
     """Checkpoints in a folder, and whatever else is not the lock."""
-    return sorted(file.name for file in path.iterdir() if file.name not in (checkpoint.LOCK, checkpoint.HOLDER))
+    return sorted(file.name for file in path.iterdir() if file.name not in (LOCK, HOLDER))
 
 
 def two_checkpoints(path, **kwargs):
@@ -183,7 +184,7 @@ def test_no_checkpoint(tmp_path):
 
 def test_leftovers_are_not_loaded(tmp_path):
     train(tmp_path)
-    leftover = tmp_path / checkpoint.TEMPORARY
+    leftover = tmp_path / TEMPORARY
     leftover.mkdir()
     (leftover / "model.zip").write_bytes(b"half a file")
     assert reload(tmp_path).num_timesteps == 60

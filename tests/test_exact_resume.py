@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_softq import DiscreteSoftQ, SoftQ
-from sb3_softq.checkpoint import ResumableCheckpoint, latest, resume, steps_done
+from sb3_softq.checkpoint import ENVIRONMENTS, ResumableCheckpoint, latest, resume, steps_done
 from sb3_softq.env_state import capture, refusal, restore
 from sb3_softq.episodes import restore_environments, save_environments
+from sb3_softq.faults import FaultyEnvironmentError, set_timeout
+from sb3_softq.interruption import HANDLERS
 from sb3_softq.plain_values import OpaqueError, decode, encode
 from tests.conftest import RandomEnv, small
 
@@ -353,17 +356,138 @@ class Interrupted(gym.Wrapper):
         return result
 
 
-def test_stopped_in_the_middle_of_a_rollout(tmp_path):
-    """Stable-Baselines3 drops that step: environment and buffer are not at the same moment, and a new episode begins."""
-    for make, callbacks in ((env("Pendulum-v1"), [Stop()]), (lambda: Interrupted(env("Pendulum-v1")()), [])):
-        checkpoint = ResumableCheckpoint(1_000, tmp_path)
-        try:
-            small(env=make(), buffer_size=500).learn(100, callback=[checkpoint, *callbacks])
-        except KeyboardInterrupt:
-            checkpoint.save()
-        assert not (latest(tmp_path) / "environments.npz").exists()
-        model = resume(SoftQ, tmp_path, make())
-        assert model.replay_buffer.dones[model.replay_buffer.pos - 1].all()
+@pytest.mark.parametrize("algorithm", [SoftQ, SAC])
+def test_stopped_by_a_callback(tmp_path, algorithm):
+    """The last step is stored: the episode goes on."""
+    model = small(algorithm, env=env("Pendulum-v1")(), buffer_size=500, train_freq=3)
+    model.learn(100, callback=[ResumableCheckpoint(1_000, tmp_path), Stop()])
+    resumed = resume(algorithm, tmp_path, env("Pendulum-v1")())
+    assert resumed.num_timesteps == resumed.replay_buffer.size() == 50
+    resumed.learn(10, reset_num_timesteps=False)
+    buffer = resumed.replay_buffer
+    assert not buffer.dones[:60].any()
+    np.testing.assert_array_equal(buffer.observations[50], buffer.next_observations[49])
+    np.testing.assert_array_equal(buffer.next_observations[:50], model.replay_buffer.next_observations[:50])
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, SAC])
+def test_interrupted_in_the_middle_of_a_rollout(tmp_path, algorithm):
+    """Environment and buffer are not at the same moment, and a new episode begins."""
+    checkpoint = ResumableCheckpoint(1_000, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        small(algorithm, env=Interrupted(env("Pendulum-v1")()), buffer_size=500).learn(100, callback=checkpoint)
+    checkpoint.save()
+    assert not (latest(tmp_path) / ENVIRONMENTS).exists()
+    model = resume(algorithm, tmp_path, Interrupted(env("Pendulum-v1")()))
+    assert model.replay_buffer.dones[model.replay_buffer.pos - 1].all()
+
+
+class Signal(BaseCallback):
+    """In the middle of a rollout, which ends before the process does."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def _on_step(self):
+        if self.num_timesteps == 101:
+            os.kill(os.getpid(), self.number)
+        return True
+
+
+@pytest.mark.parametrize(("number", "ending"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize("case", ["Pendulum", "Hopper x 4", "SAC"])
+def test_a_signal_is_no_interruption_of_the_computation(tmp_path, case, number, ending, monkeypatch):
+    make_env, kwargs = arguments(case)
+    monkeypatch.setitem(CASES, case, (make_env, {"train_freq": 5, **kwargs}))
+    expected = state_of(train(case, tmp_path / "straight"))
+    handler = signal.signal(number, HANDLERS[number])
+    try:
+        with pytest.raises(ending):
+            train(case, tmp_path / "ended", Signal(number))
+    finally:
+        signal.signal(number, handler)
+    model = resume(kwargs.get("algorithm", SoftQ), tmp_path / "ended", make_env(), device="cpu")
+    assert 101 <= model.num_timesteps < 130
+    model.learn(N_STEPS - model.num_timesteps, reset_num_timesteps=False)
+    assert state_of(model) == expected
+
+
+class Breaking(Pair):
+    """Fails in the middle of an episode, and can be asked for its state before."""
+
+    life = 0
+
+    def __init__(self, fault=None):
+        super().__init__()
+        self.fault = fault
+
+    def step(self, action):
+        self.life += 1
+        if self.fault is not None and self.life == 50:
+            self.fault()
+        return super().step(action)
+
+
+def raises():
+    raise ZeroDivisionError("the simulator is broken")
+
+
+@pytest.mark.parametrize(
+    ("vec_env", "fault"),
+    [
+        (DummyVecEnv, raises),
+        (SubprocVecEnv, raises),
+        (SubprocVecEnv, lambda: os._exit(7)),
+        (SubprocVecEnv, lambda: time.sleep(1000)),
+    ],
+)
+def test_a_new_episode_begins_after_an_error(tmp_path, vec_env, fault):
+    """The environments are not asked any more: one of them may not answer."""
+    options = {"start_method": "fork"} if vec_env is SubprocVecEnv else {}
+    broken = vec_env([Breaking, lambda: Breaking(fault)], **options)
+    if options:
+        set_timeout(broken, 1.0)
+    model = small(env=broken, buffer_size=500)
+    with pytest.raises(FaultyEnvironmentError, match="Environment 1 failed at step 100"):
+        model.learn(200, callback=ResumableCheckpoint(40, tmp_path))
+    before, last = sorted(folder for folder in tmp_path.iterdir() if folder.is_dir())
+    assert (before / ENVIRONMENTS).exists()
+    assert not (last / ENVIRONMENTS).exists()
+    resumed = resume(SoftQ, tmp_path, DummyVecEnv([Breaking] * 2))
+    assert resumed._last_obs is None
+    assert resumed.num_timesteps == 98
+    old, new = model.replay_buffer, resumed.replay_buffer
+    assert old.size() == new.size() == 49
+    for name in ("observations", "next_observations", "actions", "rewards"):
+        np.testing.assert_array_equal(getattr(new, name)[:49], getattr(old, name)[:49])
+    # an episode has 20 steps; the last one is cut off, as by a time limit
+    ends = [19, 39, 48]
+    assert [np.flatnonzero(new.dones[:49, i]).tolist() for i in range(2)] == [ends] * 2
+    assert new.timeouts[48].all()
+    resumed.learn(20, callback=ResumableCheckpoint(40, tmp_path), reset_num_timesteps=False)
+    assert (new.observations[49] != new.next_observations[48]).any(axis=1).all()
+    again = resume(SoftQ, tmp_path, DummyVecEnv([Breaking] * 2))
+    assert again.num_timesteps == 118
+    np.testing.assert_array_equal(again.replay_buffer.dones[:59], new.dones[:59])
+    np.testing.assert_array_equal(again.replay_buffer.observations[:59], new.observations[:59])
+
+
+def test_processes_that_end_between_rollouts(tmp_path):
+    """What was learned is saved, and the next step says what has happened."""
+
+    class Killer(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_end(self):
+            if self.num_timesteps == 60:
+                self.training_env.processes[1].kill()
+
+    model = small(env=SubprocVecEnv([Breaking] * 3, start_method="fork"), buffer_size=500, train_freq=10)
+    with pytest.raises(FaultyEnvironmentError, match=r"Environment 1 failed .* was killed by SIGKILL"):
+        model.learn(200, callback=[ResumableCheckpoint(20, tmp_path, on_disk_error="continue"), Killer()])
+    assert steps_done(tmp_path) == model.num_timesteps == 60
 
 
 def test_an_environment_that_cannot_take_its_state(tmp_path):

@@ -13,6 +13,9 @@ LEVELS = (
     (
         "checks",
         "finite",
+        "faults",
+        "disk",
+        "interruption",
         "spaces",
         "soft_value",
         "stein",
@@ -27,7 +30,7 @@ LEVELS = (
         "mujoco_state",
         "untrusted",
     ),
-    ("products", "env_state", "segments"),
+    ("products", "env_state", "segments", "folders"),
     ("episodes",),
     ("options", "networks"),
     ("actor", "batch_norm"),

@@ -3,7 +3,11 @@
 import logging
 import os
 import signal
+import threading
+import time
 from copy import deepcopy
+from functools import partial
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -16,6 +20,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softq import SoftQ
+from tests.test_faults import BAD_STEP, agent, check_saved, environments, fails
 
 ray = pytest.importorskip("ray")
 from sb3_softq.vec_env import RayVecEnv  # noqa: E402
@@ -285,6 +290,7 @@ def test_an_actor_that_cannot_start(tmp_path):
         (dict(n_actors=4), "n_actors=4"),
         (dict(n_actors=0), "n_actors=0"),
         (dict(start_timeout=0), "start_timeout=0"),
+        (dict(timeout=0), "timeout=0"),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -295,6 +301,93 @@ def test_bad_arguments(kwargs, message):
 def test_no_room_for_an_actor():
     with pytest.raises(TimeoutError, match="start_timeout=2 seconds"):
         RayVecEnv([Probe], actor_options={"num_cpus": 64}, start_timeout=2)
+
+
+class Hanging(Probe):
+    """Waits for a file to go away: at the third step, in a reset, or in a question."""
+
+    def __init__(self, flag=None, when="step", index=0):
+        super().__init__()
+        self.flag, self.when, self.index = flag, when, index
+
+    def wait(self, when):
+        while when == self.when and self.index == 1 and self.flag.exists():
+            time.sleep(0.1)
+
+    def reset(self, **kwargs):
+        self.wait("reset")
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        if self.t == 2:
+            self.wait("step")
+        return super().step(action)
+
+    def add(self, a, b=0):
+        self.wait("question")
+        return super().add(a, b)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for a process as Linux does")
+@pytest.mark.parametrize("when", ["step", "reset", "question"])
+def test_an_actor_that_hangs_is_started_again(tmp_path, caplog, when):
+    flag = tmp_path / "hangs"
+    env = RayVecEnv([partial(Hanging, flag, when, i) for i in range(4)], n_actors=2, timeout=3)
+    env.seed(0)
+    env.reset()
+    obs = env.step(np.zeros((4, 1)))[0]
+    env.step(np.zeros((4, 1)))
+    pids = env.get_attr("pid")
+    flag.touch()
+    # the one that is started again does not hang
+    threading.Timer(4, flag.unlink).start()
+    begin = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="sb3_softq.vec_env"):
+        if when == "step":
+            obs, rewards, dones, infos = env.step(np.zeros((4, 1)))
+            assert dones.tolist() == [True, True, False, False]
+            assert rewards.tolist() == [0.0, 0.0, 1.0, 1.0]
+            assert all(info["TimeLimit.truncated"] and info["actor_restarted"] for info in infos[:2])
+        elif when == "reset":
+            env.reset()
+        else:
+            assert env.env_method("add", 1) == [2.0] * 4
+    assert 3 <= time.monotonic() - begin < 60
+    assert "Actor 0 with environments 0 to 1 hung for 3 s and is started again" in caplog.text
+    assert env.n_restarts == 1
+    assert env.get_attr("pid")[0] != pids[0]
+    assert env.get_attr("pid")[2] == pids[2]
+    # it is dead, not waiting somewhere
+    while Path(f"/proc/{pids[0]}").exists():
+        assert time.monotonic() - begin < 60
+        time.sleep(0.1)
+    assert env.step(np.zeros((4, 1)))[0].shape == obs.shape
+    env.close()
+
+
+def test_an_actor_that_always_hangs(tmp_path):
+    flag = tmp_path / "hangs"
+    flag.touch()
+    env = RayVecEnv([partial(Hanging, flag, "reset", i) for i in range(2)], n_actors=1, timeout=1)
+    with pytest.raises(TimeoutError, match=r"environments 0 to 1 has not answered reset\(\) within timeout=1 seconds, and"):
+        env.reset()
+    flag.unlink()
+    env.close()
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("fault", ["raises", "shape (1,)", "NaN"])
+def test_faults_name_the_environment(tmp_path, fault, discrete):
+    """Counted over all actors."""
+    env = environments(fault, 4, partial(RayVecEnv, n_actors=2), bad=3, discrete=discrete)
+    model = agent(env)
+    error = fails(model, tmp_path, rf"nvironment 3 .*at step {4 * BAD_STEP}: ")
+    if fault == "raises":
+        assert isinstance(error.__cause__, ZeroDivisionError)
+        assert "the simulator is broken" in str(error)
+    assert env.n_restarts == 0
+    check_saved(tmp_path, model)
+    env.close()
 
 
 def test_close_twice(probes):

@@ -197,6 +197,39 @@ def test_a_trial_with_nan_is_pruned(env_id, tmp_path):
     assert output.count("Trial 0 pruned") == output.count("Trial 1 pruned") == 1
 
 
+#: An environment that raises what the RL Zoo prunes a trial for
+RAISING_ENV = """
+import gymnasium as gym
+
+errors = iter([AssertionError("mine"), ValueError("mine")])
+
+class Raising(gym.Wrapper):
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 30:
+            raise next(errors)
+        return self.env.step(action)
+
+gym.register("Raising-v1", lambda: Raising(gym.make("Pendulum-v1")))
+"""
+
+
+def test_a_trial_whose_environment_raises_is_pruned(tmp_path):
+    """As with SAC, for an AssertionError and a ValueError."""
+    (tmp_path / "raising.py").write_text(RAISING_ENV)
+    output = zoo(
+        *("train", "--algo", "softq", "--env", "Raising-v1", "-n", 60, "-f", tmp_path, "-optimize", "--n-trials", 2),
+        *("--gym-packages", "raising", "--n-evaluations", 1, "--eval-episodes", 1, "--no-optim-plots"),
+        env={"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        code=1,
+    )
+    for error in ("AssertionError", "ValueError"):
+        assert f"Environment 0 failed at step 30: {error}: mine" in output
+    assert output.count("Trial 0 pruned") == output.count("Trial 1 pruned") == 1
+
+
 def test_search(tmp_path):
     storage = tmp_path / "study" / "journal.log"
     output = zoo(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
 
@@ -23,11 +24,31 @@ class SharedStudy(optuna.Study):
         # now for the trials of others: they finish, or are queued again
         options = {name: value for name, value in options.items() if name not in ("n_trials", "callbacks")}
         while self.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+            begin_silent_trials(self)
             fail_stale_trials(self)
             if self.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 super().optimize(func, n_trials=1, **options)
             else:
                 time.sleep(heartbeat_seconds())
+
+
+def begin_silent_trials(study: optuna.Study) -> None:
+    """
+    Give the trials that run without having shown a sign of life their first one. A worker that was killed between creating
+    its trial and that has left one that Optuna takes for alive for ever; now it is dead when no further sign has followed.
+
+    :param study: On a database
+    """
+    storage = study._storage
+    database = getattr(storage, "_backend", storage)
+    if not isinstance(database, RDBStorage):
+        return
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        with database.engine.connect() as connection:
+            query = sqlalchemy.text("SELECT COUNT(*) FROM trial_heartbeats WHERE trial_id = :trial")
+            if connection.execute(query, {"trial": trial._trial_id}).scalar() == 0:
+                # where the worker is alive and comes first, the database refuses a second one, and Optuna ignores that
+                database.record_heartbeat(trial._trial_id)
 
 
 def shared(create_study: Callable[..., optuna.Study]) -> Callable[..., optuna.Study]:

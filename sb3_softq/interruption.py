@@ -1,0 +1,86 @@
+"""Signals that would end a process while it trains, put off until the agent can be saved."""
+
+import os
+import signal
+import threading
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+# Those that end a process whose program does not know them, and what such a program has for them; Windows has no SIGHUP
+HANDLERS: dict[int, Any] = {
+    getattr(signal, name): handler
+    for name, handler in (
+        ("SIGTERM", signal.SIG_DFL),
+        ("SIGHUP", signal.SIG_DFL),
+        ("SIGINT", signal.default_int_handler),
+    )
+    if hasattr(signal, name)
+}
+MESSAGE = (
+    b"\nCtrl-C: training ends after the rollout, evaluation or save that is going on. Ctrl-C again ends it without a save.\n"
+)
+
+
+class Interruption:
+    """Remembers that a process is to end, from :meth:`watch` to :meth:`release`."""
+
+    def __init__(self) -> None:
+        #: Signal that has come
+        self.number: int | None = None
+        self._watched: list[int] = []
+        self._model: OffPolicyAlgorithm | None = None
+
+    def watch(self, model: OffPolicyAlgorithm) -> None:
+        """
+        Take the place of the handlers that would end the process at once; those that the program has set stay.
+
+        :param model: Which trains
+        """
+        self.number, self._model = None, model
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._watched = [number for number, handler in HANDLERS.items() if signal.getsignal(number) is handler]
+        for number in self._watched:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            # whoever does not want to wait has to ask twice
+            signal.signal(number, signal.default_int_handler)
+        while frame is not None:
+            if frame.f_code is OffPolicyAlgorithm.learn.__code__ and frame.f_locals["self"] is self._model:
+                self.number = number
+                if number == signal.SIGINT:
+                    # print() is not made to be interrupted by itself
+                    with suppress(OSError):
+                        os.write(2, MESSAGE)
+                return
+            frame = frame.f_back
+        # training ended by an error that no callback was told of
+        signal.signal(number, HANDLERS[number])
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+
+    def release(self) -> None:
+        """Give the signals back."""
+        for number in self._watched:
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, HANDLERS[number])
+        self._watched = []
+
+    def end_process(self) -> None:
+        """
+        End the process if a signal has come; nothing happens otherwise.
+
+        :raises KeyboardInterrupt: after Ctrl-C, for which the system's status is 130
+        :raises SystemExit: after another signal, with the status that is usual for it
+        """
+        number, self.number = self.number, None
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number is not None:
+            raise SystemExit(128 + number)
