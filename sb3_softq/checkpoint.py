@@ -286,8 +286,8 @@ def resume(
 
     Where the state of all environments could be saved (:mod:`sb3_softq.episodes` says of which), the same machine computes on
     as many threads of its CPU what the run would have computed that was not interrupted, to the bit; SAC and TD3 too, but for
-    gSDE and for action noise with a memory. Elsewhere the environments are seeded anew, and the episodes that were going on
-    are cut off, as by a time limit.
+    gSDE and for action noise with a memory. Elsewhere, and where training ended by an error, the environments are seeded anew,
+    and the episodes that were going on are cut off, as by a time limit.
 
     :param cls: Class of the algorithm, such as ``SoftQ``
     :param path: Folder of the checkpoints

@@ -42,7 +42,7 @@ def save_environments(model: OffPolicyAlgorithm, path: Path) -> str | None:
     """
     :param model: An agent between two rollouts
     :param path: File to write, ``.npz``
-    :return: Why nothing was written, None if it was
+    :return: Why nothing was written, None if it was. The environments are not asked where an error has ended their episodes.
     """
     arrays: dict[str, np.ndarray] = {}
     try:
