@@ -8,6 +8,7 @@ an old one is renamed away before it is deleted. Whenever a run is killed, its n
 
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -202,6 +203,7 @@ class ResumableCheckpoint(BaseCallback):
         :raises OSError: if the disk does not take it, saying how much room there is; the last checkpoint stays
         :raises RuntimeError: if another process writes into the folder
         """
+        before = sys.exc_info()[1]
         with folder_lock(self.path):
             try:
                 return self._save()
@@ -209,7 +211,7 @@ class ResumableCheckpoint(BaseCallback):
                 # it would keep a full disk full
                 shutil.rmtree(self.path / TEMPORARY, ignore_errors=True)
                 self._failure = error
-                if isinstance(error, Exception) and is_of_the_disk(error):
+                if isinstance(error, Exception) and is_of_the_disk(error, before):
                     self._failure = not_saved(error, self.path, self.model, self._bytes_of_buffer())
                     raise self._failure from error
                 raise

@@ -67,15 +67,18 @@ def refused(path: Path, error: OSError) -> OSError:
     )
 
 
-def is_of_the_disk(error: BaseException) -> bool:
+def is_of_the_disk(error: BaseException, before: BaseException | None = None) -> bool:
     """
     :param error: Of a save
+    :param before: What was being handled when the save began, of an environment say, and is no reason for its error
     :return: Whether the system has refused to write: torch's writer may turn that into a RuntimeError
     """
     cause: BaseException | None = error if isinstance(error, OSError | RuntimeError) else None
-    while cause is not None and not isinstance(cause, OSError):
+    while cause is not None and cause is not before:
+        if isinstance(cause, OSError):
+            return True
         cause = cause.__cause__ or cause.__context__
-    return cause is not None
+    return False
 
 
 def not_saved(error: BaseException, path: Path, model: OffPolicyAlgorithm, buffer_bytes: int) -> OSError:

@@ -159,10 +159,17 @@ def test_health_is_no_matter_of_the_disk_after_an_error_of_it_either(tmp_path):
     callback = ResumableCheckpoint(10, tmp_path)
     callback.init_callback(model)
     model.replay_buffer.rewards[0] = float("nan")
+
+    def broken():
+        raise RuntimeError("of torch")
+
     try:
         raise BrokenPipeError
     except BrokenPipeError:
         with pytest.raises(ValueError, match="cannot be learned from"):
+            callback.save()
+        callback._save = broken
+        with pytest.raises(RuntimeError, match="of torch"):
             callback.save()
 
 
