@@ -110,8 +110,8 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         check_flag("normalize_rewards", self.normalize_rewards)
         if not self.normalize_rewards and self.policy_kwargs.get("n_bins") != 1:
             raise ValueError(
-                "normalize_rewards=False is not allowed with critics that predict a histogram, which ends at a multiple of the "
-                "returns' scale: it must be True, or policy_kwargs=dict(n_bins=1)"
+                "normalize_rewards=False is not allowed with critics that predict a histogram, which ends at a multiple of "
+                "the returns' scale: it must be True, or policy_kwargs=dict(n_bins=1)"
             )
 
     def _begin_learning(self, reset_num_timesteps: bool) -> None:

@@ -49,8 +49,7 @@ class SoftQ(Queries, OwnTarget, ScaledReturns, MaximumEntropyAlgorithm):
     :param n_actor_particles: Number of particles per state in an actor update
     :param compile: Whether the updates are compiled with ``torch.compile``, which takes some seconds at their first call,
         a C++ compiler and a release of torch that traces gradients (2.13 does)
-    :param learning_rate: learning rate of the critics and, unless ``actor_learning_rate`` is given, the actor;
-        it can be a function of the current progress remaining (from 1 to 0)
+    :param learning_rate: learning rate of critics and actor, float or function of the progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update, at least 2 with batch normalisation
@@ -67,7 +66,7 @@ class SoftQ(Queries, OwnTarget, ScaledReturns, MaximumEntropyAlgorithm):
     :param n_steps: When n_step > 1, uses n-step return (with the NStepReplayBuffer) when updating the Q-value network.
     :param target_entropy: Target of the policy's entropy in nats over the normalised box (-1, 1)^d when ``ent_coef`` is
         learned, from -3.58 d, that of the narrowest particle, to d log(2), that of uniform actions. ``"auto"`` is -d.
-    :param target_update_interval: update the target network every ``target_update_interval`` gradient steps
+    :param target_update_interval: update the target network every so many gradient steps
     :param actor_tau: Polyak coefficient, in (0, 1], of the EMA actor, which also gives the particles of the soft value (the
         place of the target policy of DDPG and TD3); training collects data with the trained actor. It begins as an average
         over the last ninth of the updates, until this is longer than ``1 / actor_tau``. 1 does without
@@ -102,11 +101,7 @@ class SoftQ(Queries, OwnTarget, ScaledReturns, MaximumEntropyAlgorithm):
     has_experts = False
     plain_objects = ScaledReturns.plain_objects | {"particle_options": ParticleOptions, "annealing_clock": Annealing}
     floats = (*MaximumEntropyAlgorithm.floats, "actor_learning_rate")
-    integers: ClassVar[dict[str, int]] = MaximumEntropyAlgorithm.integers | {
-        "policy_delay": 1,
-        "n_value_particles": 1,
-        "n_actor_particles": 1,
-    }
+    integers = MaximumEntropyAlgorithm.integers | {"policy_delay": 1, "n_value_particles": 1, "n_actor_particles": 1}
 
     def __init__(
         self,
