@@ -30,7 +30,7 @@ N_EXPERTS = 16
 EXPERT_STD = 0.5
 # Probability that the experts share whatever the gate says. One that weighed nothing would see in the density at its particles
 # not itself but the tails of narrow experts far away, whose score is huge: it would be thrown out of the box, the others too
-GATE_FLOOR = 0.01
+GATE_FLOOR = 1e-4
 # Fixed particles of the deterministic action, at least
 N_FIXED_PARTICLES = 32
 # Particles that smoothing="local" draws to smooth one action

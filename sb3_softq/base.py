@@ -45,6 +45,8 @@ class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
     critic: nn.Module
     critic_target: nn.Module
     policy_delay = 1
+    # At the last update, in nats
+    _policy_entropy: float | None = None
     floats = (*CheckedOffPolicyAlgorithm.floats, "ent_coef_learning_rate", "ent_coef", "target_entropy")
     integers: ClassVar[dict[str, int]] = CheckedOffPolicyAlgorithm.integers | {"target_update_interval": 1}
 
@@ -188,6 +190,8 @@ class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
                     "Lower learning rates, or normalised observations and rewards (VecNormalize), may help."
                 )
             self.logger.record_mean(f"train/{key}", value)
+            if key == "entropy":
+                self._policy_entropy = value
 
     # ------------------------------------------------------------------ checks, set-up, saving
 

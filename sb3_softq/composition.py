@@ -35,6 +35,8 @@ class SumOfCritics(Freezable):
         super().__init__()
         self.critics = nn.ModuleList(critics)
         self.weights = list(weights)
+        # their sum is in the environment's units
+        self.register_buffer("return_scale", th.ones(1), persistent=False)
         self.freeze()
 
     def features(self, obs: PyTorchObs) -> list[th.Tensor]:
@@ -111,6 +113,9 @@ class ComposedSoftQ(SoftQ):
     def _has_target(self) -> bool:
         """There is nothing to follow."""
         return False
+
+    def _set_return_scale(self) -> None:
+        """They have theirs."""
 
 
 def compose(

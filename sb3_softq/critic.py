@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, TensorDict
 from torch import nn
 
 from sb3_softq.batch_norm import JointBatchNorm, Statistics, joint_statistics, normalised_linear
+from sb3_softq.histogram import bin_centers, bin_edges, cross_entropy
 from sb3_softq.networks import Affine, Freezable, activate, particle_forward
 from sb3_softq.stacking import from_sources, stacked_optimizer_state, stacked_state, view_of
 
@@ -70,8 +71,9 @@ class CriticLayer(nn.Module):
 class ParticleCritic(Freezable, BaseModel):
     """
     SB3's Q networks, all of them in one pass, evaluated for several actions per state, and on request with batch normalisation
-    before each linear layer (CrossQ, Bhatt et al. 2024, https://arxiv.org/abs/1902.05605). See SB3's ``ContinuousCritic`` for
-    the other parameters.
+    before each linear layer (CrossQ, Bhatt et al. 2024, https://arxiv.org/abs/1902.05605). Q is the mean of a histogram
+    (:mod:`sb3_softq.histogram`) or a number, in both cases times ``return_scale``, so that the networks see values of about 1.
+    See SB3's ``ContinuousCritic`` for the other parameters.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -83,9 +85,14 @@ class ParticleCritic(Freezable, BaseModel):
     :param n_critics: Number of critic networks to create
     :param share_features_extractor: Whether the features extractor is the actor's, and learns from its loss alone
     :param batch_norm: Whether to normalise
+    :param n_bins: Number of bins of the histogram, 1 for a number
     """
 
     features_extractor: BaseFeaturesExtractor
+    # Unit of what the networks predict, shape (1,)
+    return_scale: th.Tensor
+    # of agents of release 0.1.0
+    n_bins = 1
     # nn.ModuleLists
     layers: Sequence[CriticLayer]
     activations: Sequence[Sequence[nn.Module]]
@@ -102,14 +109,17 @@ class ParticleCritic(Freezable, BaseModel):
         n_critics: int = 2,
         share_features_extractor: bool = True,
         batch_norm: bool = False,
+        n_bins: int = 1,
     ):
         super().__init__(
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
         )
         self.share_features_extractor = share_features_extractor
         self.n_critics = n_critics
+        self.n_bins = n_bins
+        self.register_buffer("return_scale", th.ones(1))
         input_dim = features_dim + get_action_dim(action_space)
-        nets = [create_mlp(input_dim, 1, net_arch, activation_fn) for _ in range(n_critics)]
+        nets = [create_mlp(input_dim, n_bins, net_arch, activation_fn) for _ in range(n_critics)]
         self._stack(nets, batch_norm)
 
     def _stack(self, nets: Sequence[Sequence[nn.Module]], batch_norm: bool) -> None:
@@ -176,35 +186,69 @@ class ParticleCritic(Freezable, BaseModel):
         with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
             return self.extract_features(obs, self.features_extractor)
 
-    def q_values(self, features: th.Tensor, actions: th.Tensor, weights_are_fixed: bool = False) -> th.Tensor:
+    def outputs(self, features: th.Tensor, actions: th.Tensor, weights_are_fixed: bool = False) -> th.Tensor:
         """
-        Q by the running statistics, whatever the mode.
+        What the networks predict by the running statistics, whatever the mode: see :meth:`q_of` and :meth:`loss`.
 
         :param features: Shape (batch_size, features_dim)
         :param actions: Actions in the normalised box, shape (batch_size, n_particles, action_dim)
         :param weights_are_fixed: Whether the weights need no gradient, which saves time
-        :return: Shape (n_critics, batch_size, n_particles)
+        :return: Shape (n_critics, batch_size, n_particles, n_bins)
         """
         with th.set_grad_enabled(th.is_grad_enabled() and not weights_are_fixed):
             # Observations may lie far from zero: folded into the bias, their mean would take their digits along
             layers = [layer.fold(subtract_first=depth == 0) for depth, layer in enumerate(self.layers)]
         if weights_are_fixed:
             layers = [layer.detach() for layer in layers]
-        return particle_forward(layers, self.activate, features, actions).squeeze(-1)
+        return particle_forward(layers, self.activate, features, actions)
 
-    def joint_q_values(
+    def q_of(self, outputs: th.Tensor) -> th.Tensor:
+        """
+        :param outputs: Of the networks, shape (..., n_bins)
+        :return: Q in the environment's units, shape (...)
+        """
+        if self.n_bins == 1:
+            return outputs.squeeze(-1) * self.return_scale
+        # not a product, which autocast does in bfloat16
+        centers = bin_centers(self.n_bins, outputs.device)
+        return (th.softmax(outputs, dim=-1) * centers).sum(dim=-1) * self.return_scale
+
+    def loss(self, outputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """
+        :param outputs: Of the networks, shape (n_critics, batch_size, n_bins)
+        :param targets: Of Q, in the environment's units, shape (batch_size,)
+        :return: Cross-entropy to the targets' histograms, or half the squared error, in units of the scale: summed over the
+            critics, mean over the batch
+        """
+        targets = targets / self.return_scale
+        if self.n_bins == 1:
+            return 0.5 * (outputs.squeeze(-1) - targets).square().sum(dim=0).mean()
+        return cross_entropy(outputs, targets, bin_edges(self.n_bins, outputs.device)).sum(dim=0).mean()
+
+    def q_values(self, features: th.Tensor, actions: th.Tensor, weights_are_fixed: bool = False) -> th.Tensor:
+        """
+        Q in the environment's units, by the running statistics.
+
+        :param features: Shape (batch_size, features_dim)
+        :param actions: Actions in the normalised box, shape (batch_size, n_particles, action_dim)
+        :param weights_are_fixed: Whether the weights need no gradient, which saves time
+        :return: Shape (n_critics, batch_size, n_particles)
+        """
+        return self.q_of(self.outputs(features, actions, weights_are_fixed))
+
+    def joint_outputs(
         self, obs: PyTorchObs, actions: th.Tensor, next_obs: PyTorchObs, next_actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """
-        Q of the transitions and of particles in their next states in one pass, so that batch normalisation sees both: the
-        actions of the replay buffer are distributed otherwise than those of the policy. The gradient is that of one pass
-        through all rows where both have one distribution, at a third of the cost. See :meth:`CriticLayer.joint_forward`.
+        :meth:`outputs` of the transitions and of particles in their next states in one pass, so that batch normalisation sees
+        both: the actions of the replay buffer are distributed otherwise than those of the policy. The gradient is that of one
+        pass through all rows where both have one distribution, at a third of the cost. See :meth:`CriticLayer.joint_forward`.
 
         :param obs: Observations
         :param actions: Actions taken, in the normalised box, shape (batch_size, action_dim), batch_size > 1
         :param next_obs: Next observations
         :param next_actions: Shape (batch_size, n_particles, action_dim)
-        :return: Shapes (n_critics, batch_size, 1) and, without gradient, (n_critics, batch_size, n_particles)
+        :return: Shapes (n_critics, batch_size, n_bins) and, without gradient, (n_critics, batch_size, n_particles, n_bins)
         """
         n_particles = next_actions.shape[1]
         with th.no_grad():
@@ -218,7 +262,7 @@ class ParticleCritic(Freezable, BaseModel):
                 with th.no_grad():
                     next_pairs = self.activate(depth, next_pairs)
         # what follows wants more digits than bfloat16 has
-        return pairs.float(), next_pairs.float().unflatten(1, (-1, n_particles)).squeeze(3)
+        return pairs.float(), next_pairs.float().unflatten(1, (-1, n_particles))
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         return tuple(self.q_values(self.features(obs), actions.unsqueeze(1)))
@@ -258,6 +302,8 @@ class ParticleCritic(Freezable, BaseModel):
             tensors = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(old)}
             for name, names in self._sources().items():
                 state_dict[prefix + name] = from_sources(names, tensors)
+        # which release 0.1.0 did not have
+        state_dict.setdefault(prefix + "return_scale", th.ones_like(self.return_scale))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def stacked_optimizer_state(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -280,6 +326,8 @@ class ParticleCritic(Freezable, BaseModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         nets = state.pop("q_networks", None)
         super().__setstate__(state)
+        if "return_scale" not in self._buffers:
+            self.register_buffer("return_scale", th.ones(1))
         if nets is None:
             return
         # an agent that was pickled

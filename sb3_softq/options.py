@@ -135,6 +135,7 @@ SQL_2017: dict[str, Any] = dict(
     tau=1.0,
     target_update_interval=1000,
     actor_tau=1.0,
+    normalize_rewards=False,
     n_value_particles=16,
     n_actor_particles=16,
     particle_options=ParticleOptions(
@@ -146,6 +147,12 @@ SQL_2017: dict[str, Any] = dict(
         annealing=1.0,
     ),
     policy_kwargs=dict(
-        net_arch=dict(pi=[], qf=[128, 128]), head_arch=[128, 128], n_experts=1, n_critics=1, smoothing="none", batch_norm=False
+        net_arch=dict(pi=[], qf=[128, 128]),
+        head_arch=[128, 128],
+        n_experts=1,
+        n_critics=1,
+        smoothing="none",
+        batch_norm=False,
+        n_bins=1,
     ),
 )

@@ -25,11 +25,13 @@ from sb3_softq.networks import polyak_update
 
 __all__ = ["CnnPolicy", "MlpPolicy", "MultiInputPolicy", "ParticleCritic", "SamplingActor", "SoftQPolicy"]
 
-# Of Adam, as CrossQ has them: without target networks the momentum of the gradient is that of an older target. CrossQ's actor
-# has them too; ours then covers fewer modes.
+# Of Adam, as CrossQ has them: without target networks the momentum is that of an older target. Its actor has them too; ours
+# then covers fewer modes.
 CRITIC_BETAS = (0.5, 0.999)
 # The EMA actor begins as the average over the last one of so many parts of the updates
 AVERAGING_PARTS = 9
+# Of the critics' histograms, as C51 and SimbaV2 have it
+N_BINS = 101
 # Number of updates behind an EMA actor that has come from elsewhere: it is no beginner's
 MATURE = 1e9
 
@@ -55,12 +57,11 @@ class SoftQPolicy(BasePolicy):
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer.
-        Adam and AdamW use ``fused=True`` and, for critics with ``batch_norm``, ``betas=(0.5, 0.999)``, unless told otherwise.
+        Adam and AdamW use ``fused=True`` and, for critics with ``batch_norm``, ``betas=(0.5, 0.999)``, unless told else.
     :param n_critics: Number of critic networks to create.
-    :param share_features_extractor: Whether to share or not the features extractor between the actor and the critic
-        (this saves computation time)
-    :param batch_norm: Whether the critics normalise over the batch, see :class:`ParticleCritic`. Without it they need
-        target networks (``tau``) and a lower learning rate.
+    :param share_features_extractor: Whether actor and critics share the features extractor, which saves time
+    :param batch_norm: Whether the critics normalise over the batch; else they need ``tau`` and a lower learning rate
+    :param n_bins: Number of bins of the critics' histograms, odd (0 is a center), or 1 for the squared error of a number
     """
 
     actor: SamplingActor
@@ -88,6 +89,7 @@ class SoftQPolicy(BasePolicy):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         batch_norm: bool = True,
+        n_bins: int = N_BINS,
     ):
         super().__init__(
             observation_space,
@@ -103,6 +105,9 @@ class SoftQPolicy(BasePolicy):
             raise ValueError(f"smoothing={smoothing!r} is not known, it must be one of {', '.join(SMOOTHINGS)}")
         check_integer("n_critics", n_critics, 1)
         check_integer("n_experts", n_experts, 1)
+        check_integer("n_bins", n_bins, 1)
+        if n_bins % 2 == 0:
+            raise ValueError(f"n_bins={n_bins!r} is not allowed: it must be odd")
         check_number("log_std_init", log_std_init)
         check_flag("batch_norm", batch_norm)
         check_type("optimizer_kwargs", optimizer_kwargs, (dict,), "a dict")
@@ -118,6 +123,7 @@ class SoftQPolicy(BasePolicy):
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
         self.batch_norm = batch_norm
+        self.n_bins = n_bins
 
         self.actor = self.make_actor()
         # Like the target, it never shares its features extractor. It takes no random numbers from those that come after it
@@ -165,6 +171,7 @@ class SoftQPolicy(BasePolicy):
                 features_extractor_kwargs=self.features_extractor_kwargs,
                 share_features_extractor=self.share_features_extractor,
                 batch_norm=self.batch_norm,
+                n_bins=self.n_bins,
             )
         )
         return data
@@ -193,6 +200,7 @@ class SoftQPolicy(BasePolicy):
             n_critics=self.n_critics,
             share_features_extractor=self.share_features_extractor,
             batch_norm=self.batch_norm,
+            n_bins=self.n_bins,
         ).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
@@ -323,8 +331,8 @@ class SoftQPolicy(BasePolicy):
     @classmethod
     def load(cls, path: str, device: th.device | str = "auto") -> Self:
         saved = th.load(path, map_location=get_device(device), weights_only=False)
-        # the actor of release 0.1.0 was a single sampler
-        policy = cls(**{"n_experts": 1} | saved["data"])
+        # the actor of release 0.1.0 was a single sampler, its critics predicted a number
+        policy = cls(**{"n_experts": 1, "n_bins": 1} | saved["data"])
         policy.load_state_dict(saved["state_dict"])
         return policy.to(get_device(device))
 
@@ -348,6 +356,7 @@ class SoftQPolicy(BasePolicy):
         # they did not have these
         self.__dict__.setdefault("n_averaged", MATURE)
         self.__dict__.setdefault("n_experts", 1)
+        self.__dict__.setdefault("n_bins", 1)
         self.register_buffer("_ema_bias", self._output_bias().clone(), persistent=False)
         self.ema_actor.freeze()
         if self.critic_target is not None:

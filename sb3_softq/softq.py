@@ -24,12 +24,13 @@ from sb3_softq.options import ParticleOptions
 from sb3_softq.own_target import OwnTarget
 from sb3_softq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SoftQPolicy
 from sb3_softq.queries import Queries
+from sb3_softq.returns import ScaledReturns
 from sb3_softq.soft_value import effective_sample_size, mixture_log_prob_and_score, soft_value, tanh_log_det, uniform_proposal
 from sb3_softq.spaces import check_action_space
 from sb3_softq.stein import birth_death_rates, stein_direction, tanh_log_det_grad, weighted_mean
 
 
-class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
+class SoftQ(Queries, OwnTarget, ScaledReturns, MaximumEntropyAlgorithm):
     """
     Soft Q-learning (Haarnoja et al. 2017, https://arxiv.org/abs/1702.08165): a maximum-entropy agent
     pi(a|s) = exp((Q(s, a) - V(s)) / alpha) whose actor is a sampler, and therefore covers several modes.
@@ -41,14 +42,14 @@ class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
-    :param ent_coef: Temperature alpha (the inverse of the reward scale of 2017): ``"auto_0.1"`` learns it from the initial
-        value 0.1, ``"auto"`` from 1; a positive float, or a function of the progress remaining, sets it.
+    :param ent_coef: Temperature alpha (the inverse of the reward scale of 2017): ``"auto_0.01"`` learns it from the initial
+        value 0.01, ``"auto"`` from 1, with ``normalize_rewards`` in units of the returns' scale; a positive float, or a
+        function of the progress remaining, sets it, in the environment's units.
     :param n_value_particles: Number K of particles per next state in the soft value
     :param n_actor_particles: Number of particles per state in an actor update
     :param compile: Whether the updates are compiled with ``torch.compile``, which takes some seconds at their first call,
         a C++ compiler and a release of torch that traces gradients (2.13 does)
-    :param learning_rate: learning rate of the critics and, unless ``actor_learning_rate`` is given, the actor;
-        it can be a function of the current progress remaining (from 1 to 0)
+    :param learning_rate: learning rate of critics and actor, float or function of the progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update, at least 2 with batch normalisation
@@ -56,39 +57,35 @@ class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
         are their own target, for which they need batch normalisation; SAC's, without it, is
         ``tau=0.005, learning_rate=3e-4, policy_kwargs=dict(batch_norm=False)``
     :param gamma: the discount factor
-    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
-        like ``(5, "step")`` or ``(2, "episode")``.
-    :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``)
-        Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
+    :param train_freq: Update the model every ``train_freq`` steps, or a tuple of frequency and unit like ``(2, "episode")``
+    :param gradient_steps: How many gradient steps to do after each rollout; ``-1`` for as many as it had steps
     :param action_noise: the action noise type (None by default), in addition to the policy's own sampling
-    :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``).
-        If ``None``, it will be automatically selected.
+    :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``), None for the usual one
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
     :param n_steps: When n_step > 1, uses n-step return (with the NStepReplayBuffer) when updating the Q-value network.
     :param target_entropy: Target of the policy's entropy in nats over the normalised box (-1, 1)^d when ``ent_coef`` is
         learned, from -3.58 d, that of the narrowest particle, to d log(2), that of uniform actions. ``"auto"`` is -d.
-    :param target_update_interval: update the target network every ``target_update_interval`` gradient steps
+    :param target_update_interval: update the target network every so many gradient steps
     :param actor_tau: Polyak coefficient, in (0, 1], of the EMA actor, which also gives the particles of the soft value (the
         place of the target policy of DDPG and TD3); training collects data with the trained actor. It begins as an average
         over the last ninth of the updates, until this is longer than ``1 / actor_tau``. 1 does without
+    :param normalize_rewards: Whether the critics' loss, and a learned temperature, are in units of the scale of discounted
+        returns (:class:`sb3_softq.returns.ReturnScale`), so that rewards may be of any size. All that is asked of the agent
+        is in the environment's units. Without it, ``policy_kwargs=dict(n_bins=1)``
     :param policy_delay: Update the actor and the temperature once every ``policy_delay`` updates of the critics
-    :param actor_learning_rate: learning rate of the actor, float or function of the progress remaining;
-        ``learning_rate`` by default
+    :param actor_learning_rate: that of the actor, float or function of the progress remaining, if it shall differ
     :param ent_coef_learning_rate: learning rate of the log of the temperature, when it is learned;
         1e-3 by default, or ``learning_rate`` where that is larger
     :param bfloat16: Whether matrix products of the updates are done in bfloat16, on hardware that has them fast
     :param particle_options: What SQL (2017) and ablations need, a :class:`sb3_softq.ParticleOptions` or a dict of its fields.
         ``SoftQ(policy, env, ent_coef=..., **sb3_softq.SQL_2017)`` is SQL (2017).
-    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
-        the reported success rate, mean episode length, and mean reward over
+    :param stats_window_size: Number of episodes over which the rollout logging averages success rate, length and reward
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments to be passed to the policy on creation, see :class:`SoftQPolicy`
-    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
-        debug messages
+    :param verbose: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug messages
     :param seed: Seed for the pseudo random generators
-    :param device: Device (cpu, cuda, ...) on which the code should be run.
-        Setting it to auto, the code will be run on the GPU if possible.
+    :param device: Device (cpu, cuda, ...) on which the code should be run; "auto" is the GPU if possible
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: if an argument is out of its range
     """
@@ -102,13 +99,9 @@ class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
     action_space: spaces.Box
     # for agents of release 0.1.0, whose actor is a single sampler
     has_experts = False
-    plain_objects: ClassVar[dict[str, type]] = {"particle_options": ParticleOptions, "annealing_clock": Annealing}
+    plain_objects = ScaledReturns.plain_objects | {"particle_options": ParticleOptions, "annealing_clock": Annealing}
     floats = (*MaximumEntropyAlgorithm.floats, "actor_learning_rate")
-    integers: ClassVar[dict[str, int]] = MaximumEntropyAlgorithm.integers | {
-        "policy_delay": 1,
-        "n_value_particles": 1,
-        "n_actor_particles": 1,
-    }
+    integers = MaximumEntropyAlgorithm.integers | {"policy_delay": 1, "n_value_particles": 1, "n_actor_particles": 1}
 
     def __init__(
         self,
@@ -127,10 +120,11 @@ class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        ent_coef: str | float | Schedule = "auto_0.1",
+        ent_coef: str | float | Schedule = "auto_0.01",
         target_entropy: str | float = "auto",
         target_update_interval: int = 1,
         actor_tau: float = 1e-3,
+        normalize_rewards: bool = True,
         policy_delay: int = 1,
         n_value_particles: int = 2,
         n_actor_particles: int = 4,
@@ -158,6 +152,7 @@ class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
             n_steps=n_steps,
             ent_coef=ent_coef,
             target_entropy=target_entropy,
+            normalize_rewards=normalize_rewards,
             target_update_interval=target_update_interval,
             ent_coef_learning_rate=ent_coef_learning_rate,
             policy_kwargs=policy_kwargs,
@@ -189,8 +184,9 @@ class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
 
     def critic_loss(self, replay_data: ReplayBufferSamples, ent_coef: th.Tensor) -> LossAndStats:
         """
-        Squared distance of Q(s, a) to r + gamma V(s'), eq. (11) of https://arxiv.org/abs/1702.08165, with the soft value V of
-        eq. (10), :func:`sb3_softq.soft_value.soft_value`, from particles of the EMA actor.
+        Distance of Q(s, a) to r + gamma V(s'), eq. (11) of https://arxiv.org/abs/1702.08165 with a cross-entropy in place of
+        the square (:meth:`ParticleCritic.loss`), with the soft value V of eq. (10), :func:`sb3_softq.soft_value.soft_value`,
+        from particles of the EMA actor.
 
         :param replay_data: Minibatch
         :param ent_coef: Temperature, shape (1,)
@@ -203,22 +199,23 @@ class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
         u, log_prob_a = self.propose(next_obs, self.n_value_particles)
         next_actions = th.tanh(u)
         obs, actions = replay_data.observations, replay_data.actions
+        # (n_critics, batch_size, n_bins), and with an axis for the particles before the last
         if self.policy.batch_norm:
-            q_values, next_q_values = self.critic.joint_q_values(obs, actions, next_obs, next_actions)
+            outputs, next_outputs = self.critic.joint_outputs(obs, actions, next_obs, next_actions)
         else:
-            q_values = th.stack(self.critic(obs, actions))
+            outputs = self.critic.outputs(self.critic.features(obs), actions.unsqueeze(1)).squeeze(2)
         with th.no_grad():
             if self._has_target:
-                next_q_values = self.critic_target.q_values(self.critic_target.features(next_obs), next_actions)
-            # (n_critics, batch_size, n_value_particles) -> (batch_size, n_value_particles)
-            next_q_values = next_q_values.amin(dim=0)
+                next_outputs = self.critic_target.outputs(self.critic_target.features(next_obs), next_actions)
+            # (batch_size, n_value_particles)
+            next_q_values = self.critic.q_of(next_outputs).amin(dim=0)
             next_values = soft_value(next_q_values, log_prob_a, ent_coef).unsqueeze(1)
-            target = replay_data.rewards + (1 - replay_data.dones) * discounts * next_values
+            targets = replay_data.rewards + (1 - replay_data.dones) * discounts * next_values
             sample_size = effective_sample_size(next_q_values, log_prob_a, ent_coef).mean()
+            q_value = self.critic.q_of(outputs).mean()
 
-        loss = 0.5 * (q_values - target).square().sum(dim=0).mean()
-        stats = {"critic_loss": loss.detach(), "q_value": q_values.detach().mean(), "effective_sample_size": sample_size}
-        return loss, stats
+        loss = self.critic.loss(outputs, targets.squeeze(1))
+        return loss, {"critic_loss": loss.detach(), "q_value": q_value, "effective_sample_size": sample_size}
 
     def propose(self, obs: PyTorchObs, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
         """Particles of the soft value, and their log-density, as :meth:`SamplingActor.propose` has them."""
@@ -248,7 +245,7 @@ class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
         actor, options, n_particles = self.actor, self.particle_options, self.n_actor_particles
         by_density, learned = options.repulsion == "density", actor.smoothing == "learned"
         features = actor.features(obs)
-        # The critics' gradient is evaluated at the first particles, the last ones move: all of them do both, or two parts
+        # The critics' gradient is evaluated at the first particles, the last ones move: all do both, or two parts
         n_fixed = options.n_fixed_particles(n_particles)
         fixed, updated = slice(0, n_fixed or None), slice(n_fixed, None)
         # (batch_size, n_particles + n_density_particles)
@@ -293,7 +290,8 @@ class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
         if actor.gate is not None:
             rates = birth_death_rates(q_values.detach(), log_prob_a[:, fixed], log_weights.detach()[:, fixed], ent_coef)
             loss = loss - (rates * log_weights[:, fixed]).mean()
-        return loss, {
+        # for Adam, whose epsilon is a size of gradients
+        return loss / self.critic.return_scale.squeeze(), {
             "actor_q_value": weighted_mean(q_values.detach(), log_weights.detach()[:, fixed]),
             "entropy": -weighted_mean(log_prob_a, log_weights.detach()),
             "particle_std": spread,
@@ -350,12 +348,13 @@ class SoftQ(Queries, OwnTarget, MaximumEntropyAlgorithm):
             check_compiler(self.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"annealing_clock": Annealing()} | state)
+        super().__setstate__({"annealing_clock": Annealing()} | state)
         self.particle_options = ParticleOptions.adopt(self.__dict__)
 
     def _begin_learning(self, reset_num_timesteps: bool) -> None:
         if self.compile:
             check_compiler(self.device)
+        super()._begin_learning(reset_num_timesteps)
         self.annealing_clock.begin(self.num_timesteps, reset_num_timesteps)
 
     def _setup_lr_schedule(self) -> None:

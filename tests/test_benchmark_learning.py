@@ -247,9 +247,9 @@ def test_variant_joint_gradient(training_run, variant):
     critic = small_agent(training_run).critic.train()
 
     def q_and_gradients(next_obs: th.Tensor, next_actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        q_values, next_q_values = critic.joint_q_values(OBSERVATIONS, actions, next_obs, next_actions)
-        gradients = th.autograd.grad(q_values.sub(1).square().sum(), list(critic.parameters()))
-        return th.cat([q_values, next_q_values], dim=2), th.cat([gradient.flatten() for gradient in gradients])
+        outputs, next_outputs = critic.joint_outputs(OBSERVATIONS, actions, next_obs, next_actions)
+        gradients = th.autograd.grad(outputs.sub(1).square().sum(), list(critic.parameters()))
+        return th.cat([outputs.unsqueeze(2), next_outputs], dim=2), th.cat([gradient.flatten() for gradient in gradients])
 
     actions = th.tanh(OBSERVATIONS[:, :1])
     batches = (OBSERVATIONS, actions.unsqueeze(1).repeat(1, 2, 1)), (OBSERVATIONS.flip(0), th.zeros(500, 2, 1))

@@ -40,7 +40,8 @@ def test_running_statistics_of_the_critics():
     assert all(th.equal(*pair) for pair in zip(statistics, critic.buffers(), strict=True))
     pairs = th.cat([data.observations.unsqueeze(1).expand(-1, 5, -1), actions], dim=2)
     # the modules themselves, in evaluation mode, one pair at a time
-    expected = th.stack([th.stack([net(pair) for pair in pairs.unbind(1)], dim=1).squeeze(2) for net in critic.q_networks])
+    outputs = th.stack([th.stack([net(pair) for pair in pairs.unbind(1)], dim=1) for net in critic.q_networks])
+    expected = critic.q_of(outputs)
     for values in q_values:
         th.testing.assert_close(values, expected)
 
@@ -75,12 +76,12 @@ def test_gradients_of_batch_renormalisation(critic, fast, monkeypatch):
     next_pairs = th.cat([next_obs.repeat_interleave(3, dim=0), next_actions.flatten(0, 1)], dim=1)
     oracles = copy.deepcopy(critic.q_networks)
     expected, expected_next = zip(*(joint_normalised(net, pairs, th.cat([pairs, next_pairs])) for net in oracles), strict=True)
-    q_values, next_q_values = critic.joint_q_values(obs, actions, next_obs, next_actions)
-    assert not next_q_values.requires_grad
+    outputs, next_outputs = critic.joint_outputs(obs, actions, next_obs, next_actions)
+    assert not next_outputs.requires_grad
     # what follows has no more digits than float32
-    th.testing.assert_close(q_values, th.stack(expected).float())
-    th.testing.assert_close(next_q_values, th.stack(expected_next).float().unflatten(1, (16, 3)).squeeze(3))
-    gradients = critic_gradients((q_values - 1.0).square().mean(dim=1).sum(), critic)
+    th.testing.assert_close(outputs, th.stack(expected).float())
+    th.testing.assert_close(next_outputs, th.stack(expected_next).float().unflatten(1, (16, 3)))
+    gradients = critic_gradients((outputs - 1.0).square().mean(dim=(1, 2)).sum(), critic)
     for net, values, mine in zip(oracles, expected, gradients, strict=True):
         theirs = th.autograd.grad((values - 1.0).square().mean(), list(net.parameters()))
         th.testing.assert_close(mine, list(theirs), rtol=1e-5, atol=1e-7)
@@ -103,8 +104,8 @@ def test_batch_renormalisation_of_one_distribution(critic):
     """Where the next pairs are copies of the transitions, the gradient is that of one pass through all of them."""
     obs, actions, _, _ = draw(16, 1)
     oracles = copy.deepcopy(critic.q_networks)
-    q_values, _ = critic.joint_q_values(obs, actions, obs, actions.unsqueeze(1).expand(-1, 3, -1))
-    gradients = critic_gradients((q_values - 1.0).square().mean(dim=1).sum(), critic)
+    outputs, _ = critic.joint_outputs(obs, actions, obs, actions.unsqueeze(1).expand(-1, 3, -1))
+    gradients = critic_gradients((outputs - 1.0).square().mean(dim=(1, 2)).sum(), critic)
     for net, mine in zip(oracles, gradients, strict=True):
         expected = batch_normalised(net, th.cat([obs, actions], dim=1).repeat(4, 1))[:16]
         theirs = th.autograd.grad((expected - 1.0).square().mean(), list(net.parameters()))
@@ -205,7 +206,7 @@ def test_networks_are_views():
 @pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.SGD])
 def test_critics_of_release_0_1_0(activation_fn, batch_norm, n_critics, optimizer_class):
     """Weights and the optimizer's state: the next step is the one that the separate networks make."""
-    kwargs = dict(n_critics=n_critics, activation_fn=activation_fn, batch_norm=batch_norm, net_arch=[8, 8])
+    kwargs = dict(n_critics=n_critics, activation_fn=activation_fn, batch_norm=batch_norm, net_arch=[8, 8], n_bins=1)
     tau = 1.0 if batch_norm else 0.005
     old, model = (small(tau=tau, seed=seed, policy_kwargs=dict(kwargs)).learn(20) for seed in (0, 1))
     nets = copy.deepcopy(old.critic.q_networks)

@@ -14,13 +14,14 @@ from stable_baselines3.common.utils import LinearSchedule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_softq import SoftQ
+from sb3_softq.histogram import bin_centers, bin_edges, cross_entropy
 from tests.conftest import RandomEnv, batch_normalised, check_training, flat, small
 
 
 def test_it_learns():
     """Reward for an action near the observation."""
     model = small(env=IdentityEnvBox(eps=0.5), learning_rate=1e-3, gamma=0.5, batch_size=128, policy_kwargs={"net_arch": [32]})
-    model.learn(400)
+    model.learn(800)
     obs = np.linspace(-0.9, 0.9, 20, dtype=np.float32)[:, None]
     actions, _ = model.predict(obs, deterministic=True)
     assert np.mean(np.abs(actions - obs) < 0.5) > 0.9
@@ -44,10 +45,10 @@ def test_logged_keys():
 
 
 @pytest.mark.parametrize("n_steps", [1, 3])
-@pytest.mark.parametrize(("tau", "batch_norm"), [(1.0, True), (0.5, True), (0.5, False)])
-def test_critics_regress_on_the_discounted_soft_value(n_steps, tau, batch_norm):
+@pytest.mark.parametrize(("tau", "batch_norm", "n_bins"), [(1.0, True, 1), (1.0, True, 51), (0.5, True, 1), (0.5, False, 51)])
+def test_critics_regress_on_the_discounted_soft_value(n_steps, tau, batch_norm, n_bins):
     """The critic loss, from the replayed transitions and the equations alone."""
-    policy_kwargs = dict(net_arch=[16], batch_norm=batch_norm)
+    policy_kwargs = dict(net_arch=[16], batch_norm=batch_norm, n_bins=n_bins)
     settings = dict(gamma=0.9, ent_coef=0.2, n_value_particles=3, policy_kwargs=policy_kwargs)
     model = small(n_steps=n_steps, tau=tau, **settings).learn(60)
     assert isinstance(model.replay_buffer, NStepReplayBuffer) == (n_steps > 1)
@@ -60,18 +61,27 @@ def test_critics_regress_on_the_discounted_soft_value(n_steps, tau, batch_norm):
         nets = model.critic.q_networks
         if batch_norm:
             # all in one batch
-            q_values = [batch_normalised(net, th.cat([pairs, *next_pairs])).split(16) for net in nets]
+            outputs = [batch_normalised(net, th.cat([pairs, *next_pairs])).view(64, n_bins).split(16) for net in nets]
         else:
-            q_values = [(net(pairs).squeeze(1),) for net in nets]
+            outputs = [(net(pairs),) for net in nets]
         if tau == 1.0:
-            next_q_values = th.stack([th.stack(q[1:]) for q in q_values]).amin(dim=0)
+            next_outputs = th.stack([th.stack(x[1:]) for x in outputs])
         else:
             targets = model.critic_target.eval().q_networks
-            next_q_values = th.stack([th.stack([net(x).squeeze(1) for x in next_pairs]) for net in targets]).amin(dim=0)
-        value = 0.2 * (next_q_values / 0.2 - log_prob.T).exp().mean(dim=0).log()
+            next_outputs = th.stack([th.stack([net(x) for x in next_pairs]) for net in targets])
+        scale = model.returns.value
+        if n_bins == 1:
+            next_q_values = scale * next_outputs.squeeze(3).amin(dim=0)
+        else:
+            next_q_values = scale * (th.softmax(next_outputs, dim=3) @ bin_centers(n_bins)).amin(dim=0)
+        value = 0.2 * (th.logsumexp((next_q_values / 0.2 - log_prob.T).double(), dim=0) - np.log(3)).float()
         discounts = data.discounts.squeeze(1) if n_steps > 1 else 0.9
         target = data.rewards.squeeze(1) + (1 - data.dones.squeeze(1)) * discounts * value
-        expected = sum(0.5 * (q[0] - target).square().mean() for q in q_values)
+        if n_bins == 1:
+            expected = sum(0.5 * (x[0].squeeze(1) - target / scale).square().mean() for x in outputs)
+        else:
+            expected = sum(cross_entropy(x[0], target / scale, bin_edges(n_bins)).mean() for x in outputs)
+    model.critic.return_scale.fill_(scale)
     model.policy.set_training_mode(True)
     th.manual_seed(1)
     stats = model.update_critic(data, model.ent_coef_tensor)
@@ -247,11 +257,11 @@ def test_actor_and_temperature_learn_once_per_policy_delay():
     model.learn(2)
     assert model._n_updates == 2
     assert [th.equal(flat(module), old) for module, old in zip(modules, before, strict=True)] == [True, False]
-    assert model.log_ent_coef.item() == pytest.approx(np.log(0.1))
+    assert model.log_ent_coef.item() == pytest.approx(np.log(0.01))
     assert "train/actor_loss" not in model.logger.name_to_value
     model.learn(1, reset_num_timesteps=False)
     assert not th.equal(flat(model.actor), before[0])
-    assert model.log_ent_coef.item() != pytest.approx(np.log(0.1))
+    assert model.log_ent_coef.item() != pytest.approx(np.log(0.01))
     # averages over the updates of a call, of which two are the actor's
     model.train(gradient_steps=6, batch_size=8)
     assert np.isfinite(model.logger.name_to_value["train/actor_loss"])

@@ -125,7 +125,7 @@ def joint_gradient() -> None:
         rows = (rows - mean.unsqueeze(1)) * scale.unsqueeze(1) + layer.norm.bias.unsqueeze(1)
         return th.baddbmm(layer.bias.unsqueeze(1), rows, layer.weight.mT)
 
-    def joint_q_values(
+    def joint_outputs(
         self: ParticleCritic, obs: PyTorchObs, actions: th.Tensor, next_obs: PyTorchObs, next_actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         batch_size, n_particles, _ = next_actions.shape
@@ -137,10 +137,10 @@ def joint_gradient() -> None:
             rows = joint_forward(layer, rows)
             if depth < len(self.activations):
                 rows = self.activate(depth, rows)
-        q_values, next_q_values = rows.float().split([batch_size, batch_size * n_particles], dim=1)
-        return q_values, next_q_values.detach().unflatten(1, (batch_size, n_particles)).squeeze(3)
+        outputs, next_outputs = rows.float().split([batch_size, batch_size * n_particles], dim=1)
+        return outputs, next_outputs.detach().unflatten(1, (batch_size, n_particles))
 
-    patch.object(ParticleCritic, "joint_q_values", joint_q_values).start()
+    patch.object(ParticleCritic, "joint_outputs", joint_outputs).start()
 
 
 VARIANTS = {

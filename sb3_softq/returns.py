@@ -1,0 +1,150 @@
+"""The scale of returns: rewards of any size become values of about 1 for the critics, in units that nobody else sees."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.utils import FloatSchedule
+
+from sb3_softq.base import MaximumEntropyAlgorithm
+from sb3_softq.checks import check_flag
+from sb3_softq.critic import ParticleCritic
+
+# The largest return that has been seen is at most so many times the scale (SimbaV2)
+LARGEST_RETURN = 5.0
+
+
+@dataclass
+class ReturnScale:
+    """
+    Running standard deviation of the discounted returns since an episode's start, as VecNormalize has it, but never less than
+    a fifth of the largest of them (Lee et al. 2025, SimbaV2, https://arxiv.org/abs/2502.15280).
+
+    :param mean: Mean of the returns
+    :param var: Their variance
+    :param count: Their number
+    :param largest: Largest magnitude of one
+    :param running: Return of the episode that each environment is in; empty where it begins
+    """
+
+    mean: float = 0.0
+    var: float = 0.0
+    count: int = 0
+    largest: float = 0.0
+    running: list[float] = field(default_factory=list)
+
+    def observe(self, rewards: np.ndarray, dones: np.ndarray, gamma: float) -> None:
+        """
+        Take in one step of all environments.
+
+        :param rewards: Shape (n_envs,)
+        :param dones: Whether the episode ends there, same shape
+        :param gamma: Discount factor
+        """
+        before = np.array(self.running) if len(self.running) == len(rewards) else np.zeros(len(rewards))
+        returns = rewards + gamma * before
+        self.running = (returns * (1.0 - dones)).tolist()
+        self.largest = max(self.largest, float(np.abs(returns).max()))
+        # of the parallel algorithm for the variance
+        n, total = len(returns), self.count + len(returns)
+        delta = float(returns.mean()) - self.mean
+        self.var += (n * (float(returns.var()) - self.var) + delta**2 * self.count * n / total) / total
+        self.mean += delta * n / total
+        self.count = total
+
+    def observe_buffer(self, buffer: ReplayBuffer, gamma: float) -> None:
+        """
+        Take in the transitions of a replay buffer, for instance one that was loaded, from the oldest on.
+
+        :param buffer: Replay buffer
+        :param gamma: Discount factor
+        """
+        first = buffer.pos if buffer.full else 0
+        for row in np.arange(first, first + buffer.size()) % buffer.buffer_size:
+            self.observe(buffer.rewards[row].astype(np.float64), buffer.dones[row].astype(np.float64), gamma)
+        self.begin()
+
+    def begin(self) -> None:
+        """New episodes begin."""
+        self.running = []
+
+    @property
+    def value(self) -> float:
+        """The scale, > 0; 1 as long as all returns are 0."""
+        return max(self.var**0.5, self.largest / LARGEST_RETURN) or 1.0
+
+
+class ScaledReturns(MaximumEntropyAlgorithm):
+    """
+    Mixin of :class:`sb3_softq.SoftQ`: the critics' ``return_scale`` follows the returns of training, soft ones where the
+    temperature is fixed. A learned temperature is a multiple of the scale, as the critics' outputs are.
+
+    :param args: Those of :class:`MaximumEntropyAlgorithm`, as ``kwargs``
+    :param normalize_rewards: Whether there is a scale, or all is in the environment's units
+    """
+
+    critic: ParticleCritic
+    plain_objects: ClassVar[dict[str, type]] = {"returns": ReturnScale}
+    # for agents of release 0.1.0, whose critics predict a number
+    has_histograms = False
+
+    def __init__(self, *args: Any, normalize_rewards: bool, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.normalize_rewards = normalize_rewards
+        self.returns = ReturnScale()
+
+    @property
+    def ent_coef_tensor(self) -> th.Tensor:
+        """Current temperature in the environment's units, shape (1,), on the device."""
+        ent_coef = super().ent_coef_tensor
+        return ent_coef * self.critic.return_scale if self.normalize_rewards and self.log_ent_coef is not None else ent_coef
+
+    def _check_arguments(self) -> None:
+        self.has_histograms = self.has_histograms or not self._is_loaded
+        if not self.has_histograms:
+            self.policy_kwargs = {"n_bins": 1} | self.policy_kwargs
+            self.normalize_rewards = False
+        super()._check_arguments()
+        check_flag("normalize_rewards", self.normalize_rewards)
+        if not self.normalize_rewards and self.policy_kwargs.get("n_bins") != 1:
+            raise ValueError(
+                "normalize_rewards=False is not allowed with critics that predict a histogram, which ends at a multiple of "
+                "the returns' scale: it must be True, or policy_kwargs=dict(n_bins=1)"
+            )
+
+    def _begin_learning(self, reset_num_timesteps: bool) -> None:
+        super()._begin_learning(reset_num_timesteps)
+        if reset_num_timesteps or self._last_obs is None:
+            self.returns.begin()
+
+    def _store_transition(
+        self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, reward: np.ndarray, *args: Any
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, *args)
+        dones: np.ndarray = args[0]
+        self.returns.observe(reward.astype(np.float64) + self._entropy_bonus(), dones, self.gamma)
+
+    def _entropy_bonus(self) -> float:
+        """What a step earns beside its reward where the temperature is fixed, so that soft returns are what is measured."""
+        if self.log_ent_coef is not None:
+            return 0.0
+        # actions are uniform before the first update
+        entropy = self._entropy_bounds()[1] if self._policy_entropy is None else self._policy_entropy
+        return FloatSchedule(self.ent_coef)(self._current_progress_remaining) * entropy  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"returns": ReturnScale(), "normalize_rewards": False} | state)
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        if self.normalize_rewards:
+            self._set_return_scale()
+        super().train(gradient_steps, batch_size)
+
+    def _set_return_scale(self) -> None:
+        assert self.replay_buffer is not None
+        if self.returns.count == 0:
+            # without a step of its own
+            self.returns.observe_buffer(self.replay_buffer, self.gamma)
+        self.critic.return_scale.fill_(self.returns.value)

@@ -1,0 +1,132 @@
+"""The scale of returns, and agents that learn the same whatever the size of the rewards."""
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium.wrappers import TransformReward
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_softq import SoftQ
+from sb3_softq.returns import LARGEST_RETURN, ReturnScale
+from tests.conftest import small
+
+
+@settings(deadline=None)
+@given(
+    rewards=st.lists(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=2), min_size=1, max_size=20),
+    ends=st.lists(st.booleans(), min_size=20, max_size=20),
+    gamma=st.sampled_from([0.0, 0.9, 1.0]),
+)
+def test_statistics_of_the_returns(rewards, ends, gamma):
+    """Against the definition: discounted returns since each episode's start, their standard deviation and largest size."""
+    scale, returns, running = ReturnScale(), [], np.zeros(2)
+    for reward, end in zip(rewards, ends, strict=False):
+        dones = np.array([end, False])
+        scale.observe(np.array(reward), dones, gamma)
+        running = np.array(reward) + gamma * running
+        returns += running.tolist()
+        running = running * ~dones
+    assert scale.count == len(returns)
+    assert scale.var == pytest.approx(np.var(returns), abs=1e-6 * max(1.0, np.square(returns).max()))
+    largest = np.abs(returns).max()
+    assert scale.largest == largest
+    assert scale.value == pytest.approx(max(np.std(returns), largest / LARGEST_RETURN) or 1.0, rel=1e-5, abs=1e-9)
+
+
+def test_rewards_of_zero_have_a_scale():
+    scale = ReturnScale()
+    scale.observe(np.zeros(3), np.zeros(3), 0.99)
+    assert scale.value == 1.0
+
+
+def scaled_run(factor: float, **kwargs) -> SoftQ:
+    env = TransformReward(gym.make("Pendulum-v1"), lambda reward: float(reward) * factor)
+    return small(env=env, learning_starts=50, batch_size=32, **kwargs).learn(300)
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(n_steps=3), dict(policy_kwargs=dict(n_bins=1, net_arch=[8]))], ids=str)
+@pytest.mark.parametrize("exponent", [-10, 10])
+def test_rewards_of_any_size_are_learned_alike(exponent, kwargs):
+    """Powers of two, by which rewards are multiplied without rounding: the same weights to the bit."""
+    factor = 2.0**exponent
+    one, other = scaled_run(1.0, **kwargs), scaled_run(factor, **kwargs)
+    weights, others = one.policy.state_dict(), other.policy.state_dict()
+    for name, tensor in weights.items():
+        unit = factor if name.endswith("return_scale") else 1.0
+        th.testing.assert_close(others[name], unit * tensor, rtol=1e-5, atol=1e-6 * unit)
+    obs, actions = np.zeros((5, 3), dtype=np.float32), np.linspace(-2, 2, 5, dtype=np.float32)[:, None]
+    np.testing.assert_allclose(other.q_values(obs, actions), factor * one.q_values(obs, actions), rtol=1e-3)
+    np.testing.assert_allclose(other.ent_coef_tensor, factor * one.ent_coef_tensor, rtol=1e-4)
+
+
+def test_the_scale_is_that_of_the_returns_of_training():
+    model = scaled_run(1.0)
+    buffer = model.replay_buffer
+    observed = ReturnScale()
+    observed.observe_buffer(buffer, model.gamma)
+    # where no episode has lasted longer than the buffer, both have seen the same
+    assert model.returns.count == 300
+    assert model.critic.return_scale.item() == pytest.approx(model.returns.value, rel=1e-6)
+    assert model.returns.value > 1.0
+    assert buffer.size() == 200
+    assert observed.count == 200
+
+
+def test_a_loaded_buffer_alone_tells_the_scale(tmp_path):
+    model = small(env="Pendulum-v1", buffer_size=400).learn(300)
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    other = small(env="Pendulum-v1", buffer_size=400, seed=1)
+    other.load_replay_buffer(tmp_path / "buffer.pkl")
+    other.learn(0)
+    other.train(1, 32)
+    assert other.returns.count == 300
+    assert other.critic.return_scale.item() == pytest.approx(model.returns.value, rel=0.05)
+
+
+def test_fixed_temperatures_count_their_entropy():
+    """Soft returns are what Q estimates: without the entropy they would lie beyond the critics' support."""
+    cold, hot = (small(ent_coef=ent_coef).learn(100) for ent_coef in (1e-3, 1e4))
+    assert hot.returns.value > 100 * cold.returns.value
+    assert hot.critic.return_scale.item() == pytest.approx(hot.returns.value, rel=0.2)
+
+
+def test_a_learned_temperature_begins_as_a_multiple_of_the_scale():
+    model = small(ent_coef="auto_0.01", ent_coef_learning_rate=1e-9).learn(100)
+    assert model.ent_coef_tensor.item() == pytest.approx(0.01 * model.critic.return_scale.item(), rel=1e-3)
+    # a mean over updates with other scales, in the environment's units
+    assert model.logger.name_to_value["train/ent_coef"] > 10 * math.exp(model.log_ent_coef.item())
+
+
+def test_without_normalisation_nothing_is_scaled():
+    model = small(normalize_rewards=False, policy_kwargs=dict(n_bins=1, net_arch=[8]), ent_coef="auto_0.1").learn(60)
+    assert model.critic.return_scale.item() == 1.0
+    assert model.ent_coef_tensor.item() == pytest.approx(math.exp(model.log_ent_coef.item()))
+
+
+def test_histograms_need_the_scale():
+    with pytest.raises(ValueError, match=r"normalize_rewards=False is not allowed .* policy_kwargs=dict\(n_bins=1\)"):
+        small(normalize_rewards=False)
+
+
+def test_vec_normalize_before_it():
+    """The rewards that are learned from are those of VecNormalize: about 1 already."""
+    env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2))
+    model = small(env=env).learn(200)
+    assert 0.1 < model.critic.return_scale.item() < 10.0
+
+
+def test_saved_and_loaded(tmp_path):
+    model = small().learn(100)
+    model.save(tmp_path / "agent")
+    for trusted in (True, False):
+        loaded = SoftQ.load(tmp_path / "agent", env=model.get_env(), trusted=trusted)
+        assert loaded.returns == model.returns
+        assert th.equal(loaded.critic.return_scale, model.critic.return_scale)
+        loaded.learn(30, reset_num_timesteps=False)
+        assert loaded.returns.count == 130
