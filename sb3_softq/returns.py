@@ -20,13 +20,14 @@ LARGEST_RETURN = 5.0
 class ReturnScale:
     """
     Running standard deviation of the discounted returns since an episode's start, as VecNormalize has it, but never less than
-    a fifth of the largest of them (Lee et al. 2025, SimbaV2, https://arxiv.org/abs/2502.15280).
+    a fifth of the largest of them (Lee et al. 2025, SimbaV2, https://arxiv.org/abs/2502.15280). They go on where a time limit
+    cuts an episode off, as the values do that are learned there.
 
     :param mean: Mean of the returns
     :param var: Their variance
     :param count: Their number
     :param largest: Largest magnitude of one
-    :param running: Return of the episode that each environment is in; empty where it begins
+    :param running: Return of each environment so far; empty at the start
     """
 
     mean: float = 0.0
@@ -35,17 +36,17 @@ class ReturnScale:
     largest: float = 0.0
     running: list[float] = field(default_factory=list)
 
-    def observe(self, rewards: np.ndarray, dones: np.ndarray, gamma: float) -> None:
+    def observe(self, rewards: np.ndarray, terminates: np.ndarray, gamma: float) -> None:
         """
         Take in one step of all environments.
 
         :param rewards: Shape (n_envs,)
-        :param dones: Whether the episode ends there, same shape
+        :param terminates: Whether the episode ends there, and not by a time limit, same shape
         :param gamma: Discount factor
         """
         before = np.array(self.running) if len(self.running) == len(rewards) else np.zeros(len(rewards))
         returns = rewards + gamma * before
-        self.running = (returns * (1.0 - dones)).tolist()
+        self.running = (returns * (1.0 - terminates)).tolist()
         self.largest = max(self.largest, float(np.abs(returns).max()))
         # of the parallel algorithm for the variance
         n, total = len(returns), self.count + len(returns)
@@ -63,11 +64,12 @@ class ReturnScale:
         """
         first = buffer.pos if buffer.full else 0
         for row in np.arange(first, first + buffer.size()) % buffer.buffer_size:
-            self.observe(buffer.rewards[row].astype(np.float64), buffer.dones[row].astype(np.float64), gamma)
+            terminates = buffer.dones[row] * (1.0 - buffer.timeouts[row])
+            self.observe(buffer.rewards[row].astype(np.float64), terminates, gamma)
         self.begin()
 
     def begin(self) -> None:
-        """New episodes begin."""
+        """Other episodes begin."""
         self.running = []
 
     @property
@@ -120,11 +122,18 @@ class ScaledReturns(MaximumEntropyAlgorithm):
             self.returns.begin()
 
     def _store_transition(
-        self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, reward: np.ndarray, *args: Any
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
     ) -> None:
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, *args)
-        dones: np.ndarray = args[0]
-        self.returns.observe(reward.astype(np.float64) + self._entropy_bonus(), dones, self.gamma)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        terminates = dones & ~np.array([info.get("TimeLimit.truncated", False) for info in infos])
+        rewards = np.asarray(reward, dtype=np.float64) + self._entropy_bonus()
+        self.returns.observe(rewards, terminates, self.gamma)
 
     def _entropy_bonus(self) -> float:
         """What a step earns beside its reward where the temperature is fixed, so that soft returns are what is measured."""
