@@ -211,7 +211,7 @@ def test_truncation_bootstraps_and_termination_does_not(cls, action_space, n_env
         env = make_vec_env(Ends, n_envs=n_envs, env_kwargs=dict(terminates=terminates, action_space=action_space))
         kwargs = dict(gamma=0.5, ent_coef=0.01, tau=0.2, learning_rate=3e-3, train_freq=1, target_update_interval=1)
         model = make(cls, env, policy_kwargs=dict(net_arch=[16]), **kwargs)
-        model.learn(500)
+        model.learn(1000)
         action = np.zeros((1, 1)) if cls is SoftQ else np.zeros(1, dtype=int)
         values[terminates] = float(model.q_values(np.zeros((1, 1), dtype=np.float32), action)[0])
     assert values[True] == pytest.approx(1.0, abs=0.15)
