@@ -130,6 +130,7 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
+        self._observe_loaded()
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         terminates = dones & ~np.array([info.get("TimeLimit.truncated", False) for info in infos])
         rewards = np.asarray(reward, dtype=np.float64) + self._entropy_bonus()
@@ -152,8 +153,11 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         super().train(gradient_steps, batch_size)
 
     def _set_return_scale(self) -> None:
+        self._observe_loaded()
+        self.critic.return_scale.fill_(self.returns.value)
+
+    def _observe_loaded(self) -> None:
+        """Before the first step, and where there is none: a replay buffer that came from elsewhere."""
         assert self.replay_buffer is not None
         if self.returns.count == 0:
-            # without a step of its own
             self.returns.observe_buffer(self.replay_buffer, self.gamma)
-        self.critic.return_scale.fill_(self.returns.value)

@@ -114,6 +114,10 @@ def test_a_loaded_buffer_alone_tells_the_scale(tmp_path):
     other.train(1, 32)
     assert other.returns.count == 300
     assert other.critic.return_scale.item() == pytest.approx(model.returns.value, rel=0.05)
+    learns = small(env="Pendulum-v1", buffer_size=400, seed=1)
+    learns.load_replay_buffer(tmp_path / "buffer.pkl")
+    learns.learn(5)
+    assert learns.returns.count == 305
 
 
 def test_fixed_temperatures_count_their_entropy():
