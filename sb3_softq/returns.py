@@ -106,15 +106,17 @@ class ScaledReturns(MaximumEntropyAlgorithm):
     def _check_arguments(self) -> None:
         self.has_histograms = self.has_histograms or not self._is_loaded
         if not self.has_histograms:
-            self.policy_kwargs = {"n_bins": 1} | self.policy_kwargs
             self.normalize_rewards = False
         super()._check_arguments()
         check_flag("normalize_rewards", self.normalize_rewards)
-        if not self.normalize_rewards and self.policy_kwargs.get("n_bins") != 1:
-            raise ValueError(
-                "normalize_rewards=False is not allowed with critics that predict a histogram, which ends at a multiple of "
-                "the returns' scale: it must be True, or policy_kwargs=dict(n_bins=1)"
-            )
+        if not self.normalize_rewards:
+            # a histogram ends at a multiple of the scale
+            self.policy_kwargs = {"n_bins": 1} | self.policy_kwargs
+            if self.policy_kwargs["n_bins"] != 1:
+                raise ValueError(
+                    f"n_bins={self.policy_kwargs['n_bins']!r} is not allowed with normalize_rewards=False, which has no scale "
+                    "that a histogram could end at: it must be 1"
+                )
 
     def _begin_learning(self, reset_num_timesteps: bool) -> None:
         super()._begin_learning(reset_num_timesteps)

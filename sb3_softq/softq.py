@@ -72,7 +72,7 @@ class SoftQ(Queries, OwnTarget, ScaledReturns, MaximumEntropyAlgorithm):
         over the last ninth of the updates, until this is longer than ``1 / actor_tau``. 1 does without
     :param normalize_rewards: Whether the critics' loss, and a learned temperature, are in units of the scale of discounted
         returns (:class:`sb3_softq.returns.ReturnScale`), so that rewards may be of any size. All that is asked of the agent
-        is in the environment's units. Without it, ``policy_kwargs=dict(n_bins=1)``
+        is in the environment's units. Without it the critics predict a number (``n_bins=1``)
     :param policy_delay: Update the actor and the temperature once every ``policy_delay`` updates of the critics
     :param actor_learning_rate: that of the actor, float or function of the progress remaining, if it shall differ
     :param ent_coef_learning_rate: learning rate of the log of the temperature, when it is learned;

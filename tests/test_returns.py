@@ -141,8 +141,10 @@ def test_without_normalisation_nothing_is_scaled():
 
 
 def test_histograms_need_the_scale():
-    with pytest.raises(ValueError, match=r"normalize_rewards=False is not allowed .* policy_kwargs=dict\(n_bins=1\)"):
-        small(normalize_rewards=False)
+    with pytest.raises(ValueError, match=r"n_bins=51 is not allowed with normalize_rewards=False, .*: it must be 1"):
+        small(normalize_rewards=False, policy_kwargs=dict(n_bins=51))
+    assert small(normalize_rewards=False).critic.n_bins == 1
+    assert small().critic.n_bins == 101
 
 
 def test_vec_normalize_before_it():
