@@ -163,7 +163,11 @@ class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
         """Current temperature, shape (1,), on the device."""
         if self.log_ent_coef is not None:
             return th.exp(self.log_ent_coef.detach())
-        return th.full((1,), FloatSchedule(self.ent_coef)(self._current_progress_remaining), device=self.device)  # type: ignore[arg-type]
+        return th.full((1,), self._fixed_ent_coef(), device=self.device)
+
+    def _fixed_ent_coef(self) -> float:
+        """Temperature of now where it is not learned."""
+        return FloatSchedule(self.ent_coef)(self._current_progress_remaining)  # type: ignore[arg-type]
 
     def _ent_coef_lr(self, progress_remaining: float) -> float:
         """By default never below that of the critics, which would otherwise settle on a temperature that is on its way."""

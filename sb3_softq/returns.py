@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_flag
@@ -144,7 +143,7 @@ class ScaledReturns(MaximumEntropyAlgorithm):
             return 0.0
         # actions are uniform before the first update
         entropy = self._entropy_bounds()[1] if self._policy_entropy is None else self._policy_entropy
-        return FloatSchedule(self.ent_coef)(self._current_progress_remaining) * entropy  # type: ignore[arg-type]
+        return self._fixed_ent_coef() * entropy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({"returns": ReturnScale(), "normalize_rewards": False} | state)

@@ -37,6 +37,21 @@ class OneStepDiscrete(OneStep):
         super().__init__(spaces.Discrete(3))
 
 
+class Ends(gym.Env):
+    """Reward 1 in each step; episodes of one step that terminate, or are truncated."""
+
+    observation_space = spaces.Box(0.0, 1.0, (1,))
+
+    def __init__(self, terminates, action_space):
+        self.terminates, self.action_space = terminates, action_space
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, dtype=np.float32), 1.0, self.terminates, not self.terminates, {}
+
+
 class RandomEnv(gym.Env):
     """Random observations, a reward for large actions, episodes of 20 steps."""
 

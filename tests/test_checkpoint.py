@@ -390,13 +390,18 @@ with folder_lock(sys.argv[1]):
 """
 
 
-def test_a_folder_has_one_writer(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
+def holder(path):
+    """A process that owns a folder, says so, and lets go of it when its input closes."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-    ) as process:
+    )
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with holder(tmp_path) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"holds\n"
         with pytest.raises(RuntimeError, match=rf"{tmp_path} is not free: process {process.pid} on"):

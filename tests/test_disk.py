@@ -19,7 +19,7 @@ from sb3_softq.checkpoint import ResumableCheckpoint, folder_lock, has_checkpoin
 from sb3_softq.disk import make_folder
 from sb3_softq.folders import HOLDER, LOCK, TEMPORARY
 from tests.conftest import small
-from tests.test_checkpoint import HOLD, ROOT, left, make, pendulum, train
+from tests.test_checkpoint import holder, left, make, pendulum, train
 
 resource = pytest.importorskip("resource")
 
@@ -283,12 +283,7 @@ def test_new_folders_are_synced(tmp_path, monkeypatch):
 
 def test_a_killed_process_holds_nothing(tmp_path):
     """Its lock and its name are still there."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as process:
+    with holder(tmp_path) as process:
         assert process.stdout.readline() == b"holds\n"
         with pytest.raises(RuntimeError, match=f"is not free: process {process.pid} on"), folder_lock(tmp_path):
             pass

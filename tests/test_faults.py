@@ -274,11 +274,13 @@ def test_faults_of_dicts(tmp_path, fault):
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-@pytest.mark.parametrize("fault", ["NaN", "inf", "reward NaN", "reward inf", "raises"])
-@pytest.mark.parametrize("on_reset", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "on_reset"),
+    [(fault, False) for fault in ("NaN", "inf", "reward NaN", "reward inf", "raises")]
+    # resets have no reward
+    + [(fault, True) for fault in ("NaN", "inf", "raises")],
+)
 def test_statistics_of_a_fault_are_forgotten(tmp_path, fault, on_reset, discrete):
-    if on_reset and "reward" in fault:
-        pytest.skip("resets have none")
     at = 28 if on_reset else BAD_STEP
     model = agent(VecNormalize(environments(fault, at=at, on_reset=on_reset, discrete=discrete)))
     with np.errstate(invalid="ignore"):

@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from torch import nn
 
 from sb3_softq import DiscreteSoftQ, SoftQ
-from tests.conftest import small
+from tests.conftest import Ends, small
 
 BOTH = pytest.mark.parametrize(("cls", "env_id"), [(SoftQ, "Pendulum-v1"), (DiscreteSoftQ, "CartPole-v1")])
 
@@ -183,21 +183,6 @@ def test_loggers(cls, env_id, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "json" / "progress.json").read_text().splitlines()]
     assert rows[-1]["time/total_timesteps"] > 40
     assert np.isfinite(rows[-1]["train/critic_loss"])
-
-
-class Ends(gym.Env):
-    """Reward 1 in each step; episodes of one step that terminate, or are truncated."""
-
-    observation_space = spaces.Box(0.0, 1.0, (1,))
-
-    def __init__(self, terminates, action_space):
-        self.terminates, self.action_space = terminates, action_space
-
-    def reset(self, *, seed=None, options=None):
-        return np.zeros(1, dtype=np.float32), {}
-
-    def step(self, action):
-        return np.zeros(1, dtype=np.float32), 1.0, self.terminates, not self.terminates, {}
 
 
 @pytest.mark.parametrize(

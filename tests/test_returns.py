@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_softq import SoftQ
 from sb3_softq.returns import LARGEST_RETURN, ReturnScale
-from tests.conftest import small
+from tests.conftest import Ends, small
 
 
 @settings(deadline=None)
@@ -41,29 +41,14 @@ def test_statistics_of_the_returns(rewards, ends, gamma):
 
 def test_returns_go_on_where_a_time_limit_cuts_an_episode_off():
     """Values do too: steps of reward 1 that are all cut off are worth 1 / (1 - gamma), those that end 1."""
+    action_space = gym.spaces.Box(-1, 1, (1,))
     for terminates, largest in ((True, 1.0), (False, 10.0)):
-        env = make_vec_env(Ends, n_envs=2, env_kwargs=dict(terminates=terminates))
+        env = make_vec_env(Ends, n_envs=2, env_kwargs=dict(terminates=terminates, action_space=action_space))
         model = small(env=env, gamma=0.9, ent_coef="auto_0.01").learn(400)
         assert model.returns.largest == pytest.approx(largest, rel=1e-6)
         alone = ReturnScale()
         alone.observe_buffer(model.replay_buffer, 0.9)
         assert alone.largest == pytest.approx(largest, rel=1e-4)
-
-
-class Ends(gym.Env):
-    """One step of reward 1, which ends the episode or is cut off."""
-
-    observation_space = gym.spaces.Box(-1, 1, (1,), dtype=np.float32)
-    action_space = gym.spaces.Box(-1, 1, (1,), dtype=np.float32)
-
-    def __init__(self, terminates: bool):
-        self.terminates = terminates
-
-    def reset(self, *, seed=None, options=None):
-        return np.zeros(1, dtype=np.float32), {}
-
-    def step(self, action):
-        return np.zeros(1, dtype=np.float32), 1.0, self.terminates, not self.terminates, {}
 
 
 def test_rewards_of_zero_have_a_scale():
