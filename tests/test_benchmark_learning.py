@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 
 from sb3_softq import softq
 from sb3_softq.actor import SamplingActor
@@ -160,7 +161,7 @@ def test_q_against_returns(training_run, monkeypatch):
     assert np.isnan(training_run.q_against_returns(model, [episode(7, False)])).all()
 
 
-@pytest.mark.parametrize("algo", ["softq", "sac", "td3", "tqc"])
+@pytest.mark.parametrize("algo", ["softq", "sac", "td3", "tqc", "crossq"])
 def test_entropy_bonus_and_q(training_run, algo: str):
     """Shapes, and the critic's unit: the entropy is that over the normalised box."""
     kwargs = {} if algo == "td3" else {"ent_coef": 0.5}
@@ -169,8 +170,11 @@ def test_entropy_bonus_and_q(training_run, algo: str):
     bonus = training_run.entropy_bonus(model, observations)
     q = training_run.q_values(model, observations, np.zeros((400, 1), dtype=np.float32))
     assert bonus.shape == q.shape == (400,)
-    # An untrained policy is about as wide as the box (-1, 1): alpha log 2; in Pendulum's units it would be alpha log 4
-    assert abs(bonus.mean() - (0.0 if algo == "td3" else 0.5 * np.log(2))) < 0.15
+    # An untrained policy is about as wide as the box (-1, 1): alpha log 2; in Pendulum's units it would be alpha log 4. That
+    # of CrossQ has wide Gaussians, whose actions are at the bounds
+    expected, tolerance = (0.0, 0.0) if algo == "td3" else (0.5 * np.log(2), 0.15)
+    assert bonus.mean() <= expected + tolerance
+    assert bonus.mean() >= expected - (1.0 if algo == "crossq" else tolerance)
 
 
 @pytest.fixture
@@ -260,6 +264,29 @@ def test_variant_joint_gradient(training_run, variant):
     th.testing.assert_close(joint_other_q, other_q)
     th.testing.assert_close(joint_same, same, rtol=1e-3, atol=1e-3)
     assert (joint_other - other).norm() > 0.05 * other.norm()
+
+
+def test_variant_gaussian_actor(training_run, variant):
+    """One Gaussian per state; its loss is SAC's, here by SB3's own distribution, with gradients in mean and width."""
+    variant("gaussian_actor")
+    options = training_run.ParticleOptions(n_actor_states=256)
+    kwargs = dict(n_value_particles=1, n_actor_particles=1, particle_options=options, policy_kwargs=dict(n_experts=1))
+    model = small_agent(training_run, learning_starts=100, ent_coef=0.3, **kwargs)
+    mean, log_std = model.actor.components(model.actor.features(OBSERVATIONS), 3)
+    assert th.equal(mean[:, 0], mean[:, 2])
+    th.manual_seed(0)
+    loss, stats = model.actor_loss(OBSERVATIONS, th.tensor([0.3]))
+    th.manual_seed(0)
+    model.actor.noise(th.zeros(500, 1))  # drawn and not used
+    gaussian = SquashedDiagGaussianDistribution(1).proba_distribution(mean[:, 0], log_std[:, 0])
+    u = mean[:, 0] + log_std[:, 0].exp() * th.randn(500, 1)
+    log_prob = gaussian.log_prob(th.tanh(u), u)
+    q_values = softq.min_q_values(model.critic, OBSERVATIONS, u.unsqueeze(1))
+    assert loss.item() == pytest.approx((0.3 * log_prob - q_values.squeeze(1)).mean().item(), abs=1e-4)
+    assert stats["entropy"].item() == pytest.approx(-log_prob.mean().item(), abs=1e-4)
+    loss.backward()
+    assert all((parameter.grad != 0).any() for parameter in model.actor.parameters() if parameter.requires_grad)
+    model.learn(120)
 
 
 def test_variant_ema_actor_collects_half(training_run, variant):
@@ -356,7 +383,7 @@ def test_report(tmp_path: Path):
     assert "After 2,000 steps, deterministic actions" in output
     assert [round(float(cell.split(" ±")[0].replace(",", "")), -2) for cell in table["softq"][:3]] == [2000, 2000, 2000]
     # by hand: the returns differ by about 1, so the interquartile mean is about that of the two environments
-    expected = ((2000 + 279.4) / (9535 + 279.4) + (2000 - 16.8) / (2326 - 16.8)) / 2
+    expected = ((2000 + 289.4) / (10574 + 289.4) + (2000 - 18.8) / (3226 - 18.8)) / 2
     assert abs(float(table["softq"][3].split()[0]) - expected) < 0.01
     assert table["sac"][4].startswith("1.00")
     for name in ("curves", "aggregate", "diagnostics"):

@@ -1,5 +1,5 @@
 """
-Learning benchmark: SoftQ against SAC, TD3 and TQC over environments and seeds.
+Learning benchmark: SoftQ against SAC, TD3, TQC and CrossQ over environments and seeds.
 
     python examples/benchmark/learning.py run --algos softq sac td3 --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4 --seeds 1 2 3
     python examples/benchmark/learning.py collect --name mujoco_100k
@@ -35,7 +35,7 @@ from time_to_return import SPEED_ROWS, SPEED_TABLE, parse_threshold
 
 # torch and Stable-Baselines3 are imported by training_run.py only: this process waits beside busy cores
 
-ALGOS = ("softq", "sac", "td3", "tqc", "original")
+ALGOS = ("softq", "sac", "td3", "tqc", "crossq", "original")
 # Of the environments' first states and of the actions' noise: for results, not for decisions about settings
 EVALUATION_SEED = 10_000
 HERE = Path(__file__).parent

@@ -24,7 +24,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from learning import COLUMNS, Run, check_same_run, read_rows, write_rows
-from sb3_contrib import TQC
+from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
@@ -36,10 +36,17 @@ from sb3_softq import SQL_2017, ParticleOptions, SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, resume
 from sb3_softq.rollouts import Episode, roll_out
 
-CLASSES: dict[str, type[OffPolicyAlgorithm]] = {"softq": SoftQ, "sac": SAC, "td3": TD3, "tqc": TQC, "original": SoftQ}
+CLASSES: dict[str, type[OffPolicyAlgorithm]] = {
+    "softq": SoftQ,
+    "sac": SAC,
+    "td3": TD3,
+    "tqc": TQC,
+    "crossq": CrossQ,
+    "original": SoftQ,
+}
 
-# What differs from the defaults of the classes. SAC, TD3, TQC: RL Zoo 2.9.2, hyperparams/*.yml, "mujoco-defaults" of the
-# v4 environments (noise_std is its noise_type: normal)
+# What differs from the defaults of the classes. SAC, TD3, TQC, CrossQ: RL Zoo 2.9.2, hyperparams/*.yml, "mujoco-defaults" of
+# the v4 environments (noise_std is its noise_type: normal), but for the critics of CrossQ, which has 2048 there
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "softq": dict(learning_starts=5_000),
     "sac": dict(learning_starts=10_000),
@@ -53,6 +60,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         policy_kwargs=dict(net_arch=[400, 300]),
     ),
     "tqc": dict(learning_starts=10_000),
+    "crossq": dict(learning_starts=5_000, policy_kwargs=dict(net_arch=[256, 256])),
     # SQL (2017), see README.md
     "original": SQL_2017,
 }
@@ -61,6 +69,7 @@ ENV_ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("sac", "Swimmer"): dict(gamma=0.999),
     ("td3", "Swimmer"): dict(gamma=0.9999),
     ("tqc", "Swimmer"): dict(gamma=0.999),
+    ("crossq", "Swimmer"): dict(gamma=0.999),
     ("tqc", "Hopper"): dict(top_quantiles_to_drop_per_net=5),
 }
 # SQL (2017) has no automatic temperature
@@ -144,7 +153,7 @@ def q_values(model: OffPolicyAlgorithm, observations: np.ndarray, actions: np.nd
     """Minimum of the critics, as the targets take it; of TQC's quantiles the mean, as its actor takes it."""
     if isinstance(model, SoftQ):
         return model.q_values(observations, actions)
-    assert isinstance(model, (SAC, TD3, TQC))
+    assert isinstance(model, (SAC, TD3, TQC, CrossQ))
     observation_tensor, _ = model.policy.obs_to_tensor(observations)
     action_tensor = th.as_tensor(model.policy.scale_action(actions), dtype=th.float32)
     with th.no_grad():
@@ -162,7 +171,7 @@ def entropy_bonus(model: OffPolicyAlgorithm, observations: np.ndarray) -> np.nda
         assert isinstance(model.action_space, gym.spaces.Box)
         log_scale = np.log((model.action_space.high - model.action_space.low) / 2.0).sum()
         return model.ent_coef_tensor.numpy() * (model.entropy(observations, n_particles=N_PARTICLES) - log_scale)
-    if isinstance(model, (SAC, TQC)):
+    if isinstance(model, (SAC, TQC, CrossQ)):
         observation_tensor, _ = model.policy.obs_to_tensor(observations)
         with th.no_grad():
             alpha = model.ent_coef_tensor if model.log_ent_coef is None else th.exp(model.log_ent_coef)

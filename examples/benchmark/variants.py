@@ -15,7 +15,8 @@ from sb3_softq import SoftQ
 from sb3_softq.actor import SamplingActor
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.batch_norm import BATCH_NORM_EPS
-from sb3_softq.critic import CriticLayer, ParticleCritic
+from sb3_softq.critic import CriticLayer, ParticleCritic, min_q_values
+from sb3_softq.optimization import LossAndStats
 from sb3_softq.soft_value import mixture_log_prob, tanh_log_det
 
 # Density-only particles of the next states, as many as the actor's update has by default
@@ -143,6 +144,36 @@ def joint_gradient() -> None:
     patch.object(ParticleCritic, "joint_outputs", joint_outputs).start()
 
 
+def gaussian_actor() -> None:
+    """
+    SAC's actor, for ``policy_kwargs.n_experts=1``, ``n_value_particles=1``, ``n_actor_particles=1`` and as many
+    ``particle_options.n_actor_states`` as the minibatch has: a Gaussian per state, u = mean(s) + sigma(s) eps, which descends
+    alpha log pi(u|s) - min Q(s, tanh(u)) through u.
+    """
+    particles = SamplingActor.particles
+
+    def one_gaussian(
+        self: SamplingActor, features: th.Tensor, noise: th.Tensor, n_constant: int = 0
+    ) -> tuple[th.Tensor, th.Tensor]:
+        return particles(self, features, th.zeros_like(noise), n_constant)
+
+    def actor_loss(self: SoftQ, obs: PyTorchObs, ent_coef: th.Tensor) -> LossAndStats:
+        features = self.actor.features(obs)
+        mean, log_std = self.actor.components(features, 1)
+        u = mean + th.exp(log_std) * th.randn_like(mean)
+        log_prob = (mixture_log_prob(u, mean, log_std) - tanh_log_det(u)).mean()
+        q_value = min_q_values(self.critic, obs, u).mean()
+        loss = (ent_coef * log_prob - q_value).squeeze() / self.critic.return_scale.squeeze()
+        return loss, {
+            "actor_q_value": q_value.detach(),
+            "entropy": -log_prob.detach(),
+            "smoothing_std": log_std.detach().exp().mean(),
+        }
+
+    patch.object(SamplingActor, "particles", one_gaussian).start()
+    patch.object(SoftQ, "actor_loss", actor_loss).start()
+
+
 VARIANTS = {
     function.__name__: function
     for function in (
@@ -155,5 +186,6 @@ VARIANTS = {
         explore_with_component_means,
         ema_actor_collects_half,
         joint_gradient,
+        gaussian_actor,
     )
 }
