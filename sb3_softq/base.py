@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any, ClassVar
 
 import torch as th
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import ReplayBufferSamples, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from torch import nn
@@ -247,13 +246,6 @@ class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
                 f"{expected} temperature, as ent_coef={self.ent_coef!r} is here"
             )
         super().set_parameters(params, exact_match, device)
-
-    @staticmethod
-    def _read_parameters(load_path_or_dict: str | TensorDict, device: th.device | str) -> TensorDict:
-        """Parameters as :meth:`set_parameters` takes them, of a file if it is the name of one."""
-        if isinstance(load_path_or_dict, dict):
-            return load_path_or_dict
-        return load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "critic", "critic_target"]

@@ -38,15 +38,16 @@ from sb3_softq.folders import (
 )
 from sb3_softq.interruption import Interruption
 from sb3_softq.off_policy import CheckedOffPolicyAlgorithm
+from sb3_softq.plain_agent import SUFFIX
 from sb3_softq.plain_files import (
-    PLAIN_BUFFERS,
+    is_plain_buffer,
     load_random_state,
     load_vec_normalize,
     save_random_state,
     save_vec_normalize,
     set_random_state,
 )
-from sb3_softq.plain_values import stored_names
+from sb3_softq.plain_values import OpaqueError, stored_names
 from sb3_softq.replay import check_newest, end_trajectory, store_last_step
 from sb3_softq.segments import bytes_to_write, load_segments, remember, save_segments
 
@@ -56,6 +57,7 @@ __all__ = ["ResumableCheckpoint", "folder_lock", "has_checkpoint", "latest", "re
 
 # Where they are in their episodes
 ENVIRONMENTS = "environments.npz"
+MODEL, PLAIN_MODEL = "model.zip", f"model{SUFFIX}"
 
 
 class ResumableCheckpoint(BaseCallback):
@@ -66,7 +68,7 @@ class ResumableCheckpoint(BaseCallback):
 
     A save writes the part of the replay buffer that is not in the checkpoint it replaces, ``keep`` saves ago; the rest is
     linked, so that no file is shared by two checkpoints that stay. Transitions must not be changed in the buffer once they are
-    there. The buffers of HER and of users are written whole.
+    there. Buffers of users' own classes, and that of HER with ``copy_info_dict``, are pickled whole.
 
     Attributes that neither Stable-Baselines3 nor the agent's class sets, such as those that a callback hangs on the model,
     are not saved, and a warning names them.
@@ -229,9 +231,9 @@ class ResumableCheckpoint(BaseCallback):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-        self.model.save(temporary / "model.zip", exclude=self._unknown_attributes())
+        self._save_model(temporary)
         buffer, saved, linked = self.model.replay_buffer, None, set[str]()
-        if type(buffer) in PLAIN_BUFFERS:
+        if is_plain_buffer(buffer):
             saved, linked = save_segments(buffer, temporary, replaced, steps)
         else:
             self.model.save_replay_buffer(temporary / "replay_buffer.pkl")
@@ -255,6 +257,16 @@ class ResumableCheckpoint(BaseCallback):
             remember(buffer, folder, saved)
         self._saved_at = self.model.num_timesteps
         return folder
+
+    def _save_model(self, folder: Path) -> None:
+        exclude = self._unknown_attributes()
+        if isinstance(self.model, CheckedOffPolicyAlgorithm):
+            try:
+                return self.model.save(folder / PLAIN_MODEL, exclude)
+            except OpaqueError:
+                # a function or class of the user's, which only a pickle holds
+                pass
+        self.model.save(folder / MODEL, exclude)
 
     def _replaced(self, older: list[Path]) -> Path | None:
         """The checkpoint whose place the next one takes."""
@@ -311,7 +323,7 @@ def resume(
     if statistics.exists():
         env = _restore_vec_normalize(statistics, env)
     manifest.check_env(saved, env, other_env)
-    model = cls.load(folder / "model.zip", env=env, **kwargs)
+    model = cls.load(folder / (PLAIN_MODEL if (folder / PLAIN_MODEL).exists() else MODEL), env=env, **kwargs)
     goes_on = _restore_environments(model, folder, saved)
     _restore_buffer(model, folder, goes_on)
     if not goes_on and model.seed is not None:

@@ -19,7 +19,7 @@ from sb3_softq.version import __version__
 
 NAME = "manifest.json"
 # Raised when older code could not read what newer code writes
-FORMAT = 2
+FORMAT = 3
 # Of checkpoints without a manifest, which were written before there was one
 REQUIRED = ("model.zip", "replay_buffer.pkl", "random.pkl")
 # Sizes and times of the files of a folder whose contents this process has found to be those that were written

@@ -37,13 +37,13 @@ from sb3_softq.checks import (
 from sb3_softq.faults import check_step, explain, flatten, restore_statistics, statistics, watch
 from sb3_softq.finite import check_finite, check_parameters
 from sb3_softq.replay import check_replay_buffer, end_trajectory, store_last_step
+from sb3_softq.saving import SafelySaved
 from sb3_softq.spaces import UnsupportedSpaceError, check_observation_space, check_vec_normalize
-from sb3_softq.untrusted import objects_without_unpickling
 
 SelfChecked = TypeVar("SelfChecked", bound="CheckedOffPolicyAlgorithm")
 
 
-class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
+class CheckedOffPolicyAlgorithm(SafelySaved):
     """
     Off-policy algorithm that refuses what cannot work when it is made, and stops at data that are not finite.
 
@@ -62,8 +62,6 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     _keeps_action_noise = False
     # Steps, and statistics of VecNormalize, when the newest transition was stored
     _stored: tuple[int, Any] = (0, [])
-    # Dataclasses among the attributes, whose fields are plain
-    plain_objects: ClassVar[dict[str, type]] = {}
     # Arguments that are converted to float if they came as another kind of number
     floats: tuple[str, ...] = ("learning_rate",)
     # Attributes that are converted to int if they came as another kind of number, and their smallest values
@@ -258,42 +256,6 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         super().load_replay_buffer(path, truncate_last_traj)
         self._buffer_is_loaded = truncate_last_traj
-
-    @classmethod
-    def load(
-        cls: type[SelfChecked],
-        path: str | Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        trusted: bool = True,
-        **kwargs: Any,
-    ) -> SelfChecked:
-        """
-        Load the model from a zip-file, as Stable-Baselines3 does. Loading a file that somebody else made can run what they put
-        into it; with ``trusted=False`` it does not: nothing is unpickled. Then ``env`` (or ``custom_objects``) gives the
-        spaces, the policy is one of the algorithm's own, ``train_freq`` is 1 unless it is given, training goes on in a new
-        episode, and what else is pickled is refused by name.
-
-        :param path: path to the file (or a file-like) where to load the agent from
-        :param env: the new environment to run the loaded model on (can be None if you only need prediction from a trained
-            model) has priority over any saved environment
-        :param device: Device on which the code should run.
-        :param custom_objects: Dictionary of objects to replace upon loading, which are not unpickled
-        :param print_system_info: Whether to print system info from the saved model and the current system info
-        :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
-        :param trusted: Whether the file may be unpickled
-        :param kwargs: extra arguments to change the model when loading
-        :return: new model instance with loaded parameters
-        :raises ValueError: if ``trusted=False`` and something in the file cannot be had without unpickling
-        """
-        check_flag("trusted", trusted)
-        if not trusted:
-            vec_env = None if env is None else cls._wrap_env(env)
-            custom_objects = objects_without_unpickling(cls, path, vec_env, custom_objects or {}, kwargs, cls.plain_objects)
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:

@@ -10,20 +10,31 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 _ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
-# Other buffers, as that of HER, hold more than these arrays
-PLAIN_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
+# Other buffers may hold more than these arrays
+_PLAIN_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, HerReplayBuffer)
+# Episodes of HER's buffer: where that of each row begins, how long it is, and where those that go on begin
+_EPISODES = ("ep_start", "ep_length", "_current_ep_start")
 _VEC_NORMALIZE = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
+
+
+def is_plain_buffer(buffer: ReplayBuffer) -> bool:
+    """
+    :param buffer: Replay buffer
+    :return: Whether it consists of arrays: it is one of Stable-Baselines3's, and keeps no info dicts
+    """
+    return type(buffer) in _PLAIN_BUFFERS and not getattr(buffer, "copy_info_dict", False)
 
 
 def buffer_arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
     """
-    :param buffer: One of :data:`PLAIN_BUFFERS`
+    :param buffer: Replay buffer of arrays, see :func:`is_plain_buffer`
     :return: Its arrays by a name for each; those of a Dict by their key too
     """
     found: dict[str, np.ndarray] = {}
@@ -38,7 +49,7 @@ def buffer_arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
 
 def save_buffer(buffer: ReplayBuffer, path: Path) -> int:
     """
-    :param buffer: One of :data:`PLAIN_BUFFERS`
+    :param buffer: Replay buffer of arrays, see :func:`is_plain_buffer`
     :param path: File to write, ``.npz``
     :return: Number of rows in it
     """
@@ -73,6 +84,35 @@ def load_buffer(buffer: ReplayBuffer, path: Path) -> int:
             array[:n_rows] = values
     buffer.pos, buffer.full = pos, bool(full)
     return n_rows
+
+
+def save_episodes(buffer: ReplayBuffer, path: Path) -> None:
+    """
+    Which rows of HER's buffer belong together: it may change in rows that have long been there, and takes little room.
+
+    :param buffer: Replay buffer; nothing happens where it is not that of HER
+    :param path: File to write, ``.npz``
+    """
+    if isinstance(buffer, HerReplayBuffer):
+        np.savez_compressed(path, **{name: getattr(buffer, name) for name in _EPISODES})
+
+
+def load_episodes(buffer: ReplayBuffer, path: Path) -> None:
+    """
+    :param buffer: Replay buffer, whose rows have been read
+    :param path: File that :func:`save_episodes` wrote
+    :raises ValueError: if it does not fit
+    """
+    if not isinstance(buffer, HerReplayBuffer):
+        return
+    with np.load(path, allow_pickle=False) as saved:
+        for name in _EPISODES:
+            own, values = getattr(buffer, name), saved[name]
+            # a larger buffer goes on, see load_buffer
+            fits = values.shape[1:] == own.shape[1:] and len(values) <= len(own) and values.dtype == own.dtype
+            if not fits or values.min() < 0 or values.max() > buffer.buffer_size:
+                raise ValueError(f"{name} of shape {values.shape} in {path} does not fit into the agent's replay buffer")
+            own[: len(values)] = values
 
 
 def save_vec_normalize(env: VecNormalize, path: Path) -> None:

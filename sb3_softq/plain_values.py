@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from functools import cache, cached_property
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,11 +19,22 @@ class OpaqueError(ValueError):
     """A value is not made of numbers, strings, arrays and the like."""
 
 
-def encode(value: Any, arrays: dict[str, np.ndarray], name: str) -> Any:
+class Objects(Protocol):
+    """Further objects, as plain values."""
+
+    def describe(self, value: Any, name: str) -> list[Any]:
+        """What an object is made of, an :class:`OpaqueError` if that is not known."""
+
+    def make(self, description: list[Any]) -> Any:
+        """The object that was described."""
+
+
+def encode(value: Any, arrays: dict[str, np.ndarray], name: str, objects: Objects | None = None) -> Any:
     """
     :param value: Made of None, bool, int, float, str, list, tuple, deque, dict, arrays, numpy's numbers and its generators
     :param arrays: Takes the arrays in it
     :param name: Of the value, for the error
+    :param objects: Knows further ones
     :return: The rest of it, for JSON
     :raises OpaqueError: if it is made of something else, naming that
     """
@@ -37,26 +48,30 @@ def encode(value: Any, arrays: dict[str, np.ndarray], name: str) -> Any:
     if kind is list and len(value) > _LONG and all(type(x) is float for x in value):
         return {"floats": encode(np.array(value), arrays, name)}
     if kind is list:
-        return [encode(x, arrays, f"{name}[{i}]") for i, x in enumerate(value)]
+        return [encode(x, arrays, f"{name}[{i}]", objects) for i, x in enumerate(value)]
     if kind is tuple:
-        return {"tuple": encode(list(value), arrays, name)}
+        return {"tuple": encode(list(value), arrays, name, objects)}
     if kind is deque:
-        return {"deque": encode(list(value), arrays, name), "maxlen": value.maxlen}
+        return {"deque": encode(list(value), arrays, name, objects), "maxlen": value.maxlen}
     if isinstance(value, dict):
-        return {"dict": [[encode(k, arrays, name), encode(v, arrays, f"{name}[{k!r}]")] for k, v in value.items()]}
+        pairs = [[encode(k, arrays, name, objects), encode(v, arrays, f"{name}[{k!r}]", objects)] for k, v in value.items()]
+        return {"dict": pairs}
     if kind is np.random.Generator and type(value.bit_generator).__name__ in _GENERATORS:
         return {"generator": encode(value.bit_generator.state, arrays, name)}
+    if objects is not None:
+        return {"object": encode(objects.describe(value, name), arrays, name, objects)}
     raise OpaqueError(f"{name} is a {kind.__module__}.{kind.__name__}")
 
 
-def decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+def decode(value: Any, arrays: dict[str, np.ndarray], objects: Objects | None = None) -> Any:
     """
     :param value: Of :func:`encode`
     :param arrays: That it filled
+    :param objects: That it asked
     :return: The value that was encoded; any dict as a plain one
     """
     if isinstance(value, list):
-        return [decode(x, arrays) for x in value]
+        return [decode(x, arrays, objects) for x in value]
     if not isinstance(value, dict):
         return value
     (kind, inner), *rest = value.items()
@@ -67,11 +82,13 @@ def decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     if kind == "floats":
         return decode(inner, arrays).tolist()
     if kind == "tuple":
-        return tuple(decode(inner, arrays))
+        return tuple(decode(inner, arrays, objects))
     if kind == "deque":
-        return deque(decode(inner, arrays), maxlen=rest[0][1])
+        return deque(decode(inner, arrays, objects), maxlen=rest[0][1])
     if kind == "dict":
-        return {decode(k, arrays): decode(v, arrays) for k, v in inner}
+        return {decode(k, arrays, objects): decode(v, arrays, objects) for k, v in inner}
+    if kind == "object" and objects is not None:
+        return objects.make(decode(inner, arrays, objects))
     state = decode(inner, arrays)
     generator = np.random.Generator(_GENERATORS[state["bit_generator"]]())
     generator.bit_generator.state = state

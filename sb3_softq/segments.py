@@ -1,6 +1,7 @@
 """
 A replay buffer in several files, of which a save writes but one: what the buffer has gained since an earlier checkpoint. The
-other files are links to those of that checkpoint, so that each folder holds the whole buffer by itself.
+other files are links to those of that checkpoint, so that each folder holds the whole buffer by itself. The episodes of HER's
+buffer are written each time.
 
 ``replay_buffer.npz`` is a whole one. ``replay-00000001.npz`` and so on are rows that are read over it, in this order.
 """
@@ -16,9 +17,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from sb3_softq.plain_files import PLAIN_BUFFERS, buffer_arrays, load_buffer, save_buffer
+from sb3_softq.plain_files import buffer_arrays, is_plain_buffer, load_buffer, load_episodes, save_buffer, save_episodes
 
 WHOLE = "replay_buffer.npz"
+EPISODES = "episodes.npz"
 _PART = re.compile(r"replay-(\d{8})\.npz")
 # More files than these are written as a whole one again
 MAX_FILES = 100
@@ -68,13 +70,14 @@ def save_segments(buffer: ReplayBuffer, folder: Path, base: Path | None, num_tim
     """
     Write a buffer, or what it has gained since it was saved in another folder.
 
-    :param buffer: One of :data:`sb3_softq.plain_files.PLAIN_BUFFERS`. Its rows are not looked at again once they are saved,
-        but for the newest one of each save
+    :param buffer: Replay buffer of arrays, see :func:`sb3_softq.plain_files.is_plain_buffer`. Its rows are not looked at again
+        once they are saved, but for the newest one of each save
     :param folder: Folder to write into
     :param base: Folder whose files may be used, None if there is none
     :param num_timesteps: Of the agent
     :return: What to tell :func:`remember`, and the names of the files that come from ``base``
     """
+    save_episodes(buffer, folder / EPISODES)
     segments = _continued(buffer, base, num_timesteps)
     if segments is not None and base is not None:
         *others, new = segments
@@ -96,7 +99,7 @@ def bytes_to_write(buffer: ReplayBuffer, base: Path | None, num_timesteps: int) 
     :param num_timesteps: Of the agent
     :return: About how many bytes of it a save writes
     """
-    if type(buffer) not in PLAIN_BUFFERS:
+    if not is_plain_buffer(buffer):
         parts = [part for x in vars(buffer).values() for part in (x.values() if isinstance(x, dict) else [x])]
         return sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
     segments = _continued(buffer, base, num_timesteps)
@@ -123,6 +126,7 @@ def load_segments(buffer: ReplayBuffer, folder: Path, num_timesteps: int) -> Non
         covered[rows] = True
     if not covered[: buffer.size()].all():
         raise ValueError(f"{folder} lacks row {covered.argmin()} of the replay buffer")
+    load_episodes(buffer, folder / EPISODES)
     remember(buffer, folder, _saved(buffer, segments, num_timesteps))
 
 

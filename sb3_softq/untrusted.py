@@ -60,8 +60,8 @@ def objects_without_unpickling(
     for name, entry in data.items():
         if name in found or not (isinstance(entry, dict) and ":serialized:" in entry):
             continue
-        if name in arguments or name in _FORGOTTEN or name == "lr_schedule":
-            # given, not needed, or made from learning_rate
+        if name in arguments or name in _FORGOTTEN or name.endswith("lr_schedule"):
+            # given, not needed, or made from the learning rates
             found[name] = None
         elif name == "policy_class":
             found[name] = _policy_class(cls, entry)

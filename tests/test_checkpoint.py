@@ -186,7 +186,7 @@ def test_leftovers_are_not_loaded(tmp_path):
     train(tmp_path)
     leftover = tmp_path / TEMPORARY
     leftover.mkdir()
-    (leftover / "model.zip").write_bytes(b"half a file")
+    (leftover / "model.safetensors").write_bytes(b"half a file")
     assert reload(tmp_path).num_timesteps == 60
     train(tmp_path, steps=30)
     # the newest one is not the one with the most steps, and nothing else is left
@@ -278,7 +278,7 @@ def flip(file):
     file.write_bytes(data)
 
 
-FILES = ("model.zip", "replay_buffer.npz", "environments.npz", "random.json", "vec_normalize.json", "manifest.json")
+FILES = ("model.safetensors", "replay_buffer.npz", "environments.npz", "random.json", "vec_normalize.json", "manifest.json")
 DAMAGES = {
     "flipped": flip,
     "cut off": lambda file: file.write_bytes(file.read_bytes()[:-1]),
@@ -304,11 +304,11 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, name, damage):
 def test_nothing_left(tmp_path):
     two_checkpoints(tmp_path)
     flip(tmp_path / "checkpoint-1-step30" / "replay_buffer.npz")
-    (tmp_path / "checkpoint-2-step60" / "model.zip").unlink()
+    (tmp_path / "checkpoint-2-step60" / "model.safetensors").unlink()
     assert not has_checkpoint(tmp_path)
     with (
         pytest.warns(UserWarning, match="set aside"),
-        pytest.raises(ValueError, match=r"All checkpoints are damaged: .*model.zip is missing; .*replay_buffer.npz has other"),
+        pytest.raises(ValueError, match=r"All checkpoints are damaged: .*model.* is missing; .*replay_buffer.npz has other"),
     ):
         reload(tmp_path)
 
@@ -337,7 +337,7 @@ def test_a_newer_format(tmp_path):
     train(tmp_path)
     path = latest(tmp_path) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(ValueError, match=r"has format 99, which sb3_softq .* does not know \(up to 2\)"):
+    with pytest.raises(ValueError, match=r"has format 99, which sb3_softq .* does not know \(up to 3\)"):
         reload(tmp_path)
     # it is no damage
     assert left(tmp_path) == ["checkpoint-1-step60"]

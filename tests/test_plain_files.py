@@ -1,5 +1,8 @@
 """Files of arrays and JSON: what comes back is what was saved, in no more room than it takes."""
 
+import tempfile
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -16,13 +19,16 @@ from sb3_softq import SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, latest, resume
 from sb3_softq.plain_files import (
     load_buffer,
+    load_episodes,
     load_random_state,
     load_vec_normalize,
     save_buffer,
+    save_episodes,
     save_random_state,
     save_vec_normalize,
     set_random_state,
 )
+from sb3_softq.segments import load_segments, remember, save_segments
 from tests.conftest import small
 
 BOX = spaces.Box(-1, 1, (3,), dtype=np.float32)
@@ -148,21 +154,74 @@ def test_random_states_come_back(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_no_pickle_beside_the_model(tmp_path):
+def test_no_pickle_in_a_checkpoint(tmp_path):
     env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
     small(env=env, buffer_size=500, learning_starts=20).learn(40, callback=ResumableCheckpoint(100, tmp_path))
     folder = latest(tmp_path)
     assert folder is not None
-    names = {"environments.npz", "manifest.json", "model.zip", "random.json", "replay_buffer.npz", "vec_normalize.json"}
+    names = {
+        "environments.npz",
+        "manifest.json",
+        "model.safetensors",
+        "random.json",
+        "replay_buffer.npz",
+        "vec_normalize.json",
+    }
     assert {file.name for file in folder.iterdir()} == names
 
 
-def test_the_buffer_of_her_is_pickled_as_before(tmp_path):
+def her_agent(**kwargs):
     env = BitFlippingEnv(n_bits=4, continuous=True, max_steps=5)
-    kwargs = dict(replay_buffer_class=HerReplayBuffer, buffer_size=500, learning_starts=20, batch_size=8)
-    model = SoftQ("MultiInputPolicy", env, policy_kwargs=dict(net_arch=[8]), **kwargs)
-    model.learn(50, callback=ResumableCheckpoint(100, tmp_path))
-    resumed = resume(SoftQ, tmp_path, env)
+    settings = dict(policy_kwargs=dict(net_arch=[8]), learning_starts=20, batch_size=8, buffer_size=40)
+    return SoftQ("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=kwargs, **settings)
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n_rows=st.integers(6, 95), more=st.integers(0, 60))
+def test_the_episodes_of_her_come_back(tmp_path, n_rows, more):
+    """Half full and gone round, in the middle of episodes, which are deleted as a whole where they are written over."""
+
+    def add(buffer, n, seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(n):
+            obs, next_obs = (some(buffer.observation_space, rng, 1) for _ in range(2))
+            buffer.add(obs, next_obs, rng.normal(size=(1, 4)), rng.normal(size=1), rng.random(1) < 0.2, [{}])
+
+    old, new = (her_agent().replay_buffer for _ in range(2))
+    folders = [Path(tempfile.mkdtemp(dir=tmp_path)) for _ in range(2)]
+    add(old, n_rows, 0)
+    saved, _ = save_segments(old, folders[0], None, n_rows)
+    remember(old, folders[0], saved)
+    # the second holds what was gained alone, and the first by links
+    add(old, more, 1)
+    save_segments(old, folders[1], folders[0], n_rows + more)
+    load_segments(new, folders[1], n_rows + more)
+    for buffer in (old, new):
+        add(buffer, 7, 2)
+    assert (new.pos, new.full) == (old.pos, old.full)
+    for name in ("ep_start", "ep_length", "_current_ep_start"):
+        np.testing.assert_array_equal(getattr(new, name), getattr(old, name))
+    if (old.ep_length > 0).any():
+        for a, b in zip(drawn(old), drawn(new), strict=True):
+            assert th.equal(a, b)
+
+
+def test_episodes_that_do_not_fit(tmp_path):
+    buffer = her_agent().replay_buffer
+    buffer.ep_length[3] = 10**6
+    save_episodes(buffer, tmp_path / "episodes.npz")
+    with pytest.raises(ValueError, match=r"ep_length of shape .* does not fit"):
+        load_episodes(her_agent().replay_buffer, tmp_path / "episodes.npz")
+
+
+@pytest.mark.parametrize("copy_info_dict", [False, True])
+def test_a_run_with_her_goes_on(tmp_path, copy_info_dict):
+    """Info dicts of an environment are anything: that buffer is pickled."""
+    model = her_agent(copy_info_dict=copy_info_dict)
+    model.learn(53, callback=ResumableCheckpoint(20, tmp_path))
+    assert (latest(tmp_path) / "replay_buffer.pkl").exists() == copy_info_dict
+    resumed = resume(SoftQ, tmp_path, model.get_env().envs[0])
     assert isinstance(resumed.replay_buffer, HerReplayBuffer)
-    assert resumed.replay_buffer.size() == 50
+    assert resumed.replay_buffer.size() == 40
+    assert bool(resumed.replay_buffer.infos[5][0]) == copy_info_dict
     resumed.learn(20, reset_num_timesteps=False)

@@ -84,6 +84,13 @@ def test_the_same_agent_without_unpickling(saved, monkeypatch):
     assert loaded.num_timesteps == 80
 
 
+def test_schedules_come_from_learning_rates(tmp_path):
+    rates = dict(actor_learning_rate=2e-3, ent_coef_learning_rate=3e-3)
+    small(env=pendulum(), **rates).learn(60).save(tmp_path / "model.zip")
+    loaded = SoftQ.load(tmp_path / "model.zip", env=pendulum(), trusted=False)
+    assert (loaded.actor_lr_schedule(0.5), loaded.ent_coef_lr_schedule(0.5)) == (2e-3, 3e-3)
+
+
 def test_what_a_stranger_pickled_does_not_run(saved, tmp_path):
     model, path = saved
     marker = tmp_path / "ran"

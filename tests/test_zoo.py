@@ -1,6 +1,9 @@
 """The RL Zoo's commands with --algo softq, run as a user runs them."""
 
 import os
+import pickle
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.zoo import HYPERPARAMS, ZooSoftQ
 from sb3_softq.zoo.__main__ import COMMANDS, with_configuration
 from sb3_softq.zoo.search import convert_softq_params, sample_softq_params
+from tests.test_untrusted import Payload, with_payload
 
 ENTRIES = {name: yaml.safe_load((HYPERPARAMS / name).read_text()) for name in ("softq.yml", "softq_original.yml")}
 
@@ -71,6 +75,61 @@ def test_train(logs):
 def test_enjoy(logs):
     output = zoo("enjoy", "--algo", "softq", "--env", "Pendulum-v1", "-f", logs, "--no-render", "-n", 200)
     assert "Mean reward: -" in output
+
+
+@pytest.fixture
+def strangers(logs, tmp_path):
+    """The same agent in a folder of somebody else, whose zip runs code where it is unpickled."""
+    folder = tmp_path / "strangers"
+    shutil.copytree(logs, folder)
+    run = folder / "softq" / "Pendulum-v1_1"
+    with_payload(run / "Pendulum-v1.zip", tmp_path / "ran")
+    return folder, run / "Pendulum-v1", tmp_path / "ran"
+
+
+WATCH = ("--algo", "softq", "--env", "Pendulum-v1", "-n", 200, "--untrusted")
+
+
+def test_watch_a_strangers_agent(logs, strangers, tmp_path):
+    folder, _, marker = strangers
+    seen = [zoo("enjoy", *WATCH[:-1], "-f", logs, "--no-render"), zoo("enjoy", *WATCH, "-f", folder, "--no-render")]
+    rewards = [re.search(r"Mean reward: -[\d.]+", output)[0] for output in seen]
+    assert rewards[0] == rewards[1]
+    zoo("record_video", *WATCH, "-f", folder, "-o", tmp_path / "videos")
+    assert not marker.exists()
+    # this is what it is about
+    zoo("enjoy", *WATCH[:-1], "-f", folder, "--no-render", code=1)
+    assert marker.exists()
+
+
+TOUCH = "- - - seed\n    - !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [RAN]]"
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("config.yml", TOUCH, "could not determine a constructor for the tag"),
+        ("args.yml", TOUCH, "could not determine a constructor for the tag"),
+        ("config.yml", "- - - normalize\n    - __import__('pathlib').Path('RAN').touch()", "normalize=.* is not followed"),
+        ("config.yml", "- - - env_wrapper\n    - evil.Wrapper", "env_wrapper='evil.Wrapper' in .* is not followed"),
+        ("args.yml", "- - - env_kwargs\n    - {xml_file: evil.xml}", "env_kwargs=.* in .* is not followed"),
+        ("vecnormalize.pkl", None, "vecnormalize.pkl in .* is not unpickled"),
+    ],
+)
+def test_a_strangers_settings_do_not_run(strangers, file, line, message):
+    folder, settings, marker = strangers
+    if line is None:
+        (settings / file).write_bytes(pickle.dumps(Payload(marker)))
+    else:
+        text = f"!!python/object/apply:collections.OrderedDict\n{line.replace('RAN', str(marker))}\n"
+        (settings / file).write_text(text)
+    assert re.search(message, zoo("enjoy", *WATCH, "-f", folder, "--no-render", code=1))
+    assert not marker.exists()
+
+
+def test_where_trust_cannot_be_left_out():
+    for command in (("train", *WATCH), ("enjoy", "--algo", "sac", "--untrusted")):
+        assert "--untrusted is for enjoy and record_video of --algo softq" in zoo(*command, code=1)
 
 
 def test_record_video(logs, tmp_path):

@@ -23,6 +23,7 @@ try:
 except ImportError as error:
     raise ImportError('sb3_softq.zoo needs the RL Zoo: pip install "sb3-softq[zoo]"') from error
 
+from sb3_softq.zoo import untrusted
 from sb3_softq.zoo.search import convert_softq_params, sample_softq_params
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
@@ -36,7 +37,11 @@ class ZooSoftQ(SoftQ):
 
     @classmethod
     def load(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load whichever of the two the file holds."""
+        """Load whichever of the two the file holds, or which fits the environment if the file is not trusted."""
+        env = untrusted.test_env()
+        if env is not None:
+            algorithm = DiscreteSoftQ if isinstance(env.action_space, spaces.Discrete) else SoftQ
+            return algorithm.load(path, *args, **{"env": env, **kwargs, "trusted": False})
         data, _, _ = load_from_zip_file(path, device="cpu", load_data=True)
         assert data is not None
         return (DiscreteSoftQ if isinstance(data["action_space"], spaces.Discrete) else SoftQ).load(path, *args, **kwargs)

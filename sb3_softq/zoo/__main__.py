@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 
-from sb3_softq.zoo import HYPERPARAMS
+from sb3_softq.zoo import HYPERPARAMS, untrusted
 from sb3_softq.zoo.storage import shared
 
 COMMANDS = {
@@ -38,6 +38,21 @@ def with_configuration(arguments: Sequence[str]) -> list[str]:
     if not is_softq or {"-conf", "--conf-file"} & set(names):
         return list(arguments)
     return [*arguments, "--conf-file", str(HYPERPARAMS / "softq.yml")]
+
+
+def without_trust(command: str, arguments: Sequence[str]) -> list[str]:
+    """
+    :param command: One of :data:`COMMANDS`
+    :param arguments: Of it
+    :return: The same without ``--untrusted``, which is ours, and is followed
+    """
+    rest = [argument for argument in arguments if argument != "--untrusted"]
+    if len(rest) < len(arguments):
+        names = [argument.partition("=")[2] or argument for argument in rest]
+        if command not in untrusted.COMMANDS or "softq" not in names:
+            sys.exit(f"--untrusted is for {' and '.join(untrusted.COMMANDS)} of --algo softq")
+        untrusted.distrust()
+    return rest
 
 
 def call_with_softq(call: Any) -> Any:
@@ -71,7 +86,7 @@ def main() -> None:
             print(known)
             return
         sys.exit(f"{command!r} is not a command of the RL Zoo\n{known}" if command else known)
-    arguments = sys.argv[2:]
+    arguments = without_trust(command, sys.argv[2:])
     sys.argv = [f"sb3_softq.zoo {command}", *(with_configuration(arguments) if command == "train" else arguments)]
     subprocess.call = call_with_softq(subprocess.call)
     optuna.create_study = shared(optuna.create_study)
