@@ -28,9 +28,11 @@ HEAD_ARCH = (64, 64)
 N_EXPERTS = 16
 # Standard deviation of the noise of one of several experts, whose centres have the rest of a variance of 1
 EXPERT_STD = 0.5
-# Probability that the experts share whatever the gate says. One that weighed nothing would see in the density at its particles
-# not itself but the tails of narrow experts far away, whose score is huge: it would be thrown out of the box, the others too
+# Probability that the experts share whatever the gate says: as actions, and in the density that teaches them. One that weighed
+# nothing would see in the density at its particles not itself but the tails of heavy experts far away, whose score is huge: it
+# would be thrown out of the modes, and the others too, until each mode had a single expert. Actions of it are seldom good
 GATE_FLOOR = 1e-4
+TEACHING_FLOOR = 1e-2
 # Fixed particles of the deterministic action, at least
 N_FIXED_PARTICLES = 32
 # Particles that smoothing="local" draws to smooth one action

@@ -13,7 +13,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_softq.actor import SamplingActor, entropy_bounds
+from sb3_softq.actor import TEACHING_FLOOR, SamplingActor, entropy_bounds
 from sb3_softq.annealing import Annealing
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_compiler, check_flag, check_learning_rate, check_number
@@ -269,7 +269,8 @@ class SoftQ(Queries, OwnTarget, ScaledReturns, MaximumEntropyAlgorithm):
             components = th.cat([mean, further[0]], dim=1), th.cat([log_std, further[1]], dim=1)
         # bfloat16 has enough digits for the networks, not for densities and kernels
         with th.no_grad(), th.autocast(self.device.type, enabled=False):
-            log_prob, score = mixture_log_prob_and_score(u, *components, th.log_softmax(log_gate, dim=1))
+            taught_weights = th.log_softmax(log_gate.clamp(min=math.log(TEACHING_FLOOR / actor.n_experts)), dim=1)
+            log_prob, score = mixture_log_prob_and_score(u, *components, taught_weights)
             log_prob_a = log_prob - tanh_log_det(u)
             kernel_force = q_force + ent_coef * tanh_log_det_grad(u[:, fixed])
             density_force = kernel_force - ent_coef * score[:, fixed]

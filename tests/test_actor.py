@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_softq.actor import GATE_FLOOR
+from sb3_softq.actor import GATE_FLOOR, TEACHING_FLOOR
 from sb3_softq.soft_value import mixture_log_prob_and_score
 from tests.conftest import check_training, hidden_sizes, small
 
@@ -152,3 +152,33 @@ def test_no_expert_loses_all_weight():
         unbounded = th.log_softmax(actor.gate(features), dim=1)
     _, score = mixture_log_prob_and_score(th.zeros(1, 1, 1), mean, log_std, unbounded)
     assert score.item() == pytest.approx(2.0 / 0.05**2, rel=1e-3)
+
+
+def test_an_expert_that_the_gate_has_given_up_is_taught_by_its_own_density(monkeypatch):
+    """
+    Four standard deviations beside a heavy one. At its own weight it would see the tail of the other, whose score of 40
+    drives it away from the mode; one expert per mode was what remained.
+    """
+    model = small(ent_coef=1.0, annealing=1.0, n_density_particles=12)
+    actor, scores = model.actor, []
+
+    def particles(features, noise, n_constant=0):
+        experts = noise[..., actor.action_dim :].argmax(dim=-1, keepdim=True)
+        mean = th.where(experts == 0, 0.0, 0.4).expand(*noise.shape[:-1], actor.action_dim) + 0.0 * actor.head[-1].bias.sum()
+        return mean, th.full_like(mean, math.log(0.1)) + 0.0 * actor.head[-1].bias.sum()
+
+    def record(u, *components):
+        log_prob, score = mixture_log_prob_and_score(u, *components)
+        scores.append(score[u > 0.3].mean().item())
+        return log_prob, score
+
+    with th.no_grad():
+        actor.gate.bias.copy_(th.tensor([0.0] + [-1000.0] * 15))
+    monkeypatch.setattr(actor, "particles", particles)
+    monkeypatch.setattr("sb3_softq.softq.mixture_log_prob_and_score", record)
+    for floor in (TEACHING_FLOOR, GATE_FLOOR):
+        monkeypatch.setattr("sb3_softq.softq.TEACHING_FLOOR", floor)
+        th.manual_seed(0)
+        model.actor_loss(th.zeros(64, 3), th.ones(1))
+    assert abs(scores[0]) < 10.0
+    assert scores[1] < -20.0

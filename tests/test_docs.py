@@ -214,7 +214,9 @@ def check_python(arguments: list[str]) -> None:
         # a word in capitals stands for any
         if arguments[2:] and not arguments[2].isupper():
             assert arguments[2] in zoo_commands(), f"{arguments[2]!r} is not a command of the zoo"
-            check_arguments(zoo_commands()[arguments[2]], arguments[3:])
+            # a flag of ours
+            own = {"--untrusted"} if arguments[2] in ("enjoy", "record_video") else set()
+            check_arguments(zoo_commands()[arguments[2]], [x for x in arguments[3:] if x not in own])
     elif arguments[:1] == ["-c"]:
         check_code(arguments[1])
     elif arguments and arguments[0].endswith(".py"):
