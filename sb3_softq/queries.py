@@ -126,7 +126,9 @@ class Queries:
         particles of the policy, of a wider policy and of the whole box, so that what the policy misses counts too
         (:func:`sb3_softq.soft_value.defensive_proposal`). With it log pi = (Q - V) / alpha holds between :meth:`log_prob`,
         :meth:`q_values` and this method, as far as the policy has converged. (Training uses the normalised box (-1, 1)^d,
-        which shifts V by the constant alpha sum_i log((high_i - low_i) / 2), zero for bounds of -1 and 1.)
+        which shifts V by the constant alpha sum_i log((high_i - low_i) / 2), zero for bounds of -1 and 1.) Where the replay
+        buffer holds no actions any more, random ones of the beginning that were written over say, critics may be too high, and
+        so is V: then few particles carry it.
 
         :param obs: One observation or a batch
         :param n_particles: Number of particles in the estimate, a lower bound in expectation that tightens with it
