@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from sb3_softq import DiscreteSoftQ, SoftQ
-from sb3_softq.zoo import HYPERPARAMS, ZooSoftQ
+from sb3_softq.zoo import HYPERPARAMS, ZooSoftQ, untrusted
 from sb3_softq.zoo.__main__ import COMMANDS, with_configuration
 from sb3_softq.zoo.search import convert_softq_params, sample_softq_params
 from tests.test_untrusted import Payload, with_payload
@@ -124,6 +125,15 @@ def test_a_strangers_settings_do_not_run(strangers, file, line, message):
         text = f"!!python/object/apply:collections.OrderedDict\n{line.replace('RAN', str(marker))}\n"
         (settings / file).write_text(text)
     assert re.search(message, zoo("enjoy", *WATCH, "-f", folder, "--no-render", code=1))
+    assert not marker.exists()
+
+
+def test_no_trust_where_no_environment_was_made(strangers, monkeypatch):
+    """Rather no agent than one that was unpickled."""
+    _, settings, marker = strangers
+    monkeypatch.setattr(untrusted, "state", SimpleNamespace(distrusts=True, env=None))
+    with pytest.raises(ValueError, match=r"is pickled in .* not read from a file without trust"):
+        ZooSoftQ.load(settings.parent / "Pendulum-v1.zip")
     assert not marker.exists()
 
 

@@ -38,10 +38,10 @@ class ZooSoftQ(SoftQ):
     @classmethod
     def load(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load whichever of the two the file holds, or which fits the environment if the file is not trusted."""
-        env = untrusted.test_env()
-        if env is not None:
-            algorithm = DiscreteSoftQ if isinstance(env.action_space, spaces.Discrete) else SoftQ
-            return algorithm.load(path, *args, **{"env": env, **kwargs, "trusted": False})
+        if untrusted.state.distrusts:
+            env = kwargs.setdefault("env", untrusted.state.env)
+            algorithm = DiscreteSoftQ if env is not None and isinstance(env.action_space, spaces.Discrete) else SoftQ
+            return algorithm.load(path, *args, **{**kwargs, "trusted": False})
         data, _, _ = load_from_zip_file(path, device="cpu", load_data=True)
         assert data is not None
         return (DiscreteSoftQ if isinstance(data["action_space"], spaces.Discrete) else SoftQ).load(path, *args, **kwargs)

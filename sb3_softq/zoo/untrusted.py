@@ -6,6 +6,7 @@ names and unpickles statistics; here these are refused, each by its name.
 
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import rl_zoo3.utils
@@ -15,8 +16,8 @@ import yaml
 COMMANDS = ("enjoy", "record_video")
 # Settings of the environment by which the folder would have code run
 _REFUSED = ("env_wrapper", "vec_env_wrapper", "env_kwargs", "normalize")
-# The environment that the command has made last
-_made: list[Any] = []
+# Whether this process trusts no folder, and the environment that it has made last
+state = SimpleNamespace(distrusts=False, env=None)
 
 
 class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
@@ -59,9 +60,8 @@ def saved_hyperparams(stats_path: str, *args: Any, **kwargs: Any) -> tuple[dict[
 
 def make_test_env(*args: Any, **kwargs: Any) -> Any:
     """In place of the RL Zoo's ``create_test_env``: what it makes has the spaces that the agent's file is not asked for."""
-    env = _create_test_env(*args, **kwargs)
-    _made[:] = [env]
-    return env
+    state.env = _create_test_env(*args, **kwargs)
+    return state.env
 
 
 _create_test_env = rl_zoo3.utils.create_test_env
@@ -69,12 +69,8 @@ _create_test_env = rl_zoo3.utils.create_test_env
 
 def distrust() -> None:
     """From now on, this process trusts no folder of an agent."""
+    state.distrusts = True
     yaml.UnsafeLoader = PlainLoader
     for module in (rl_zoo3, rl_zoo3.utils):
         module.get_saved_hyperparams = saved_hyperparams  # type: ignore[attr-defined]
         module.create_test_env = make_test_env  # type: ignore[attr-defined]
-
-
-def test_env() -> Any | None:
-    """The environment in which an agent is to be watched, where its file is not trusted."""
-    return _made[0] if _made else None
