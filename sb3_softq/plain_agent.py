@@ -64,7 +64,7 @@ def write_agent(path: str | Path, class_name: str, contents: Contents, objects: 
         "params": {name: _without_tensors(value, name, tensors) for name, value in contents.params.items()},
         "variables": {name: _without_tensors(value, name, tensors) for name, value in contents.variables.items()},
     }
-    tensors |= {f"data/{key}": np.array(array, order="C") for key, array in arrays.items()}
+    tensors |= {f"data/{key}": np.asarray(array, order="C") for key, array in arrays.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # errors of the disk are the system's, which safetensors' own writer hides
     Path(path).write_bytes(save(tensors, metadata={_HEADER: json.dumps(header)}))
@@ -112,7 +112,7 @@ def _encode(value: Any, arrays: dict[str, np.ndarray], name: str, objects: Plain
 def _without_tensors(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
     """Of a state dict, what is left for JSON; keys may be numbers, as those of an optimizer's parameters are."""
     if isinstance(value, th.Tensor):
-        tensors[name] = np.array(value.detach().cpu().numpy(), order="C")
+        tensors[name] = np.asarray(value.detach().cpu().numpy(), order="C")
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[key, _without_tensors(x, f"{name}/{key}", tensors)] for key, x in value.items()]}

@@ -70,6 +70,31 @@ class RandomEnv(gym.Env):
         return self.np_random.uniform(-1.0, 1.0, 3).astype(np.float32), float(action.sum()), False, self.t == 20, {}
 
 
+def assert_same(a: Any, b: Any) -> None:
+    """Equal in values and types, down to what containers and objects of Stable-Baselines3 are made of."""
+    # an OrderedDict may come back as a plain one
+    assert type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict))
+    if isinstance(a, th.Tensor):
+        assert a.dtype == b.dtype
+        assert th.equal(a, b)
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert (a == b).all()
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif type(a).__module__.startswith("stable_baselines3") and hasattr(a, "__dict__") and not isinstance(a, type):
+        assert_same(vars(a), vars(b))
+    else:
+        assert a == b
+
+
 def grouped(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of SoftQ, with those that are particle options in ``particle_options``."""
     options = {name: kwargs[name] for name in ParticleOptions.names() if name in kwargs}

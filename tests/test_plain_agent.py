@@ -25,7 +25,7 @@ from sb3_softq.composition import ComposedSoftQ, compose
 from sb3_softq.plain_objects import PlainObjects
 from sb3_softq.plain_values import OpaqueError, decode, encode
 from sb3_softq.policies import SoftQPolicy
-from tests.conftest import flat, small
+from tests.conftest import assert_same, flat, small
 
 HER = dict(
     replay_buffer_class=HerReplayBuffer,
@@ -64,27 +64,6 @@ def agent(env=lambda: gym.make("Pendulum-v1"), steps=40, **kwargs):
 
 def discrete():
     return DiscreteSoftQ("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=[8]), buffer_size=500).learn(150)
-
-
-def assert_same(a, b):
-    # any dict comes back as a plain one
-    assert type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict))
-    if isinstance(a, th.Tensor | np.ndarray):
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        assert (a == b).all()
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif type(a).__module__.startswith("stable_baselines3") and hasattr(a, "__dict__") and not isinstance(a, type):
-        assert_same(vars(a), vars(b))
-    else:
-        assert a == b
 
 
 # Made anew by what loads an agent, whatever the file is

@@ -20,6 +20,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softq import SoftQ
+from tests.conftest import assert_same
 from tests.test_faults import BAD_STEP, agent, check_saved, environments, fails
 
 ray = pytest.importorskip("ray")
@@ -74,22 +75,6 @@ def probes():
     env = RayVecEnv([Probe] * 3, n_actors=2)
     yield env
     env.close()
-
-
-def assert_same(a, b):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif isinstance(a, np.ndarray):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-    else:
-        assert a == b
 
 
 class Sampled(gym.Env):
