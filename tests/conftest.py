@@ -82,7 +82,8 @@ def assert_same(a: Any, b: Any) -> None:
         assert a.shape == b.shape
         assert (a == b).all()
     elif isinstance(a, dict):
-        assert list(a) == list(b)
+        # in any order: the RL Zoo puts a time limit of its own in the place of gymnasium's, which writes first
+        assert a.keys() == b.keys()
         for key in a:
             assert_same(a[key], b[key])
     elif isinstance(a, list | tuple):
