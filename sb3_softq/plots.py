@@ -46,7 +46,13 @@ def figure_to_array(figure: "Figure") -> np.ndarray:
 
 
 def plot_level_curves(
-    axes: "Axes", model: "SoftQ", obs: np.ndarray, dims: tuple[int, int] | None = None, n_samples: int = 200, n_grid: int = 60
+    axes: "Axes",
+    model: "SoftQ",
+    obs: np.ndarray,
+    dims: tuple[int, int] | None = None,
+    n_samples: int = 200,
+    n_grid: int = 60,
+    modes: bool = False,
 ) -> None:
     """
     Level curves of Q(s, .) with the policy's samples at one state, as in figure 2 of https://arxiv.org/abs/1702.08165.
@@ -57,6 +63,7 @@ def plot_level_curves(
     :param dims: Which two dimensions of the action to show; the others are those of the deterministic action
     :param n_samples: Number of samples
     :param n_grid: Points of the grid per axis
+    :param modes: Whether to mark the modes of the policy, with their shares (:meth:`sb3_softq.SoftQ.modes`)
     :raises ValueError: if the action has not two dimensions and ``dims`` does not say which to show
     """
     check_type("model.action_space", model.action_space, (spaces.Box,), "a Box", optional=False)
@@ -76,6 +83,11 @@ def plot_level_curves(
     axes.contour(x, y, q_values, levels=20, cmap="viridis", linewidths=0.8)
     samples = model.sample_actions(obs, n_samples).reshape(n_samples, -1)
     axes.plot(samples[:, first], samples[:, second], ".", color="tab:red", markersize=3, alpha=0.6)
+    if modes:
+        for action, share in zip(*model.modes(obs), strict=True):
+            x_and_y = tuple(action.ravel()[[first, second]])
+            axes.plot(*x_and_y, "*", color="black", markersize=9)
+            axes.annotate(f"{share:.0%}", x_and_y, xytext=(5, 5), textcoords="offset points")
     axes.set(xlim=(low[first], high[first]), ylim=(low[second], high[second]))
 
 

@@ -8,8 +8,9 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_softq.actor import SamplingActor
-from sb3_softq.checks import check_integer
+from sb3_softq.checks import check_integer, check_number
 from sb3_softq.critic import ParticleCritic, min_q_values
+from sb3_softq.modes import mixture_modes
 from sb3_softq.observations import batch_size, rows
 from sb3_softq.soft_value import defensive_proposal, effective_sample_size, mixture_log_prob, soft_value, tanh_log_det
 
@@ -103,6 +104,31 @@ class Queries:
                 u = mean + th.exp(log_std) * th.randn_like(mean)
                 entropies.append((tanh_log_det(u) - mixture_log_prob(u, mean, log_std)).mean(dim=1))
         return self._answer(th.cat(entropies) + self._log_scale, vectorized)
+
+    def modes(
+        self, obs: Observations, min_share: float = 0.01, n_particles: int = N_QUERY_PARTICLES
+    ) -> tuple[np.ndarray, np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:
+        """
+        The ways of acting that the policy has: modes of its density over pre-tanh actions, from which the deterministic action
+        comes too, and how often it acts in each (:func:`sb3_softq.modes.mixture_modes`).
+
+        :param obs: One observation or a batch
+        :param min_share: Modes with a smaller share are left out, from 0 to 1
+        :param n_particles: Number of particles in the estimate of the density; shares are multiples of 1 / ``n_particles``
+        :return: Actions in the environment's units, shape (n_modes, action_dim), and their shares of the policy's actions,
+            shape (n_modes,), the largest first; for a batch lists of these, one per observation
+        """
+        check_integer("n_particles", n_particles, 1)
+        check_number("min_share", min_share, 0.0, 1.0)
+        obs_tensor, vectorized = self._query(obs)
+        all_actions, all_shares = [], []
+        with th.no_grad():
+            for mean, log_std in zip(*self._density(obs_tensor, n_particles), strict=True):
+                u, shares = mixture_modes(mean, log_std)
+                actions = th.tanh(u[shares >= min_share]).cpu().numpy().reshape(-1, *self.action_space.shape)
+                all_actions.append(self.policy.unscale_action(actions))
+                all_shares.append(shares[shares >= min_share].cpu().numpy())
+        return (all_actions, all_shares) if vectorized else (all_actions[0], all_shares[0])
 
     def q_values(self, obs: Observations, actions: np.ndarray) -> np.ndarray:
         """

@@ -35,6 +35,10 @@ def test_four_modes_in_eight_dimensions_are_kept():
     found = errors(env, model)
     assert found["share"] < 0.1
     assert found["soft_value"] == pytest.approx(0.0, abs=0.4)
+    modes, shares = model.modes(np.zeros(1, dtype=np.float32))
+    assert shares == pytest.approx(np.full(4, 0.25), abs=0.1)
+    assert sorted(env.reward_fn.nearest(modes)) == [0, 1, 2, 3]
+    assert np.abs(modes - np.asarray(env.reward_fn.centres)[env.reward_fn.nearest(modes)]).max() < 0.2
 
 
 def test_a_gaussian_actor_fails_on_two_modes():

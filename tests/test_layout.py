@@ -33,7 +33,7 @@ LEVELS = (
         "mujoco_state",
         "untrusted",
     ),
-    ("products", "env_state", "segments", "folders", "saving"),
+    ("modes", "products", "env_state", "segments", "folders", "saving"),
     ("episodes",),
     ("options", "networks"),
     ("actor", "batch_norm"),

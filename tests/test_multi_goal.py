@@ -174,6 +174,13 @@ def test_level_curves():
     (samples,) = axes.lines
     assert len(samples.get_xdata()) == 50
     assert axes.get_xlim() == (-1.0, 1.0)
+    assert not axes.texts
+    _, axes = new_figure(3, 3)
+    plot_level_curves(axes, small(env="sb3_softq/MultiGoal-v0"), np.zeros(2, dtype=np.float32), n_grid=10, modes=True)
+    _, *stars = axes.lines
+    assert len(stars) == len(axes.texts) >= 1
+    assert {star.get_marker() for star in stars} == {"*"}
+    assert 90 <= sum(int(text.get_text().removesuffix("%")) for text in axes.texts) <= 101
     _, axes = new_figure(3, 3)
     plot_level_curves(axes, small(env="Hopper-v5"), np.zeros(11), dims=(2, 0), n_samples=5, n_grid=10)
     assert len(axes.lines[0].get_xdata()) == 5

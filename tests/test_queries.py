@@ -114,6 +114,29 @@ def test_single_observation(models, obs, name):
     np.testing.assert_allclose(model.q_values(obs[0], actions), model.q_values(obs[:1], actions[None])[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", BOXES)
+def test_modes(models, obs, name):
+    """The one way that there is: the place that the reward names, which the deterministic action takes too."""
+    model, space = models[name], BOXES[name]
+    all_actions, all_shares = model.modes(obs)
+    width = space.high - space.low
+    for state, actions, shares in zip(obs, all_actions, all_shares, strict=True):
+        assert actions.shape == (len(shares), *space.shape)
+        assert 0.9 < shares.sum() <= 1.0
+        assert (np.diff(shares) <= 0).all()
+        assert np.abs(actions[0] - model.predict(state, deterministic=True)[0]).max() < 0.2 * width.max()
+        assert (np.abs(actions[0] - space.low - (0.7 if state[0] > 0 else 0.3) * width) < 0.25 * width).all()
+    actions, shares = model.modes(obs[0], min_share=0.9, n_particles=64)
+    assert actions.shape == (1, *space.shape)
+    assert shares.shape == (1,)
+    assert (shares[0] * 64).is_integer()
+    assert len(model.modes(obs[0], min_share=1.0)[1]) <= 1
+    with pytest.raises(ValueError, match=r"min_share=1\.5 is not allowed: it must be a finite number >= 0\.0 and <= 1\.0"):
+        model.modes(obs[0], min_share=1.5)
+    with pytest.raises(ValueError, match="n_particles=0"):
+        model.modes(obs[0], n_particles=0)
+
+
 @pytest.mark.parametrize("shape", [(), (2, 2)])
 def test_action_spaces_of_other_shapes(obs, shape):
     model = train(spaces.Box(-1.0, 4.0, shape, dtype=np.float32), n_timesteps=110)
@@ -125,6 +148,8 @@ def test_action_spaces_of_other_shapes(obs, shape):
         assert query(obs[0], actions[0]).shape == (6,)
         assert query(obs[0], actions[0, 0]).shape == ()
         np.testing.assert_allclose(query(obs, actions)[1:].shape, query(obs[1:], actions[1:]).shape)
+    modes, shares = model.modes(obs[0])
+    assert modes.shape == (len(shares), *shape)
 
 
 @pytest.mark.parametrize("policy", ["CnnPolicy", "MultiInputPolicy"])
