@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -13,7 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from sb3_softq.checks import check_flag
 from sb3_softq.plain_agent import Contents, is_plain, read_agent, write_agent
 from sb3_softq.plain_objects import PlainObjects
-from sb3_softq.untrusted import objects_without_unpickling
+from sb3_softq.untrusted import NoMoreNumbers, n_bytes, objects_without_unpickling
 
 SelfSaved = TypeVar("SelfSaved", bound="SafelySaved")
 
@@ -99,10 +100,13 @@ class SafelySaved(OffPolicyAlgorithm):
         :param trusted: Whether the file may be unpickled
         :param kwargs: extra arguments to change the model when loading
         :return: new model instance with loaded parameters
-        :raises ValueError: if ``trusted=False`` and something in the file cannot be had without unpickling
+        :raises ValueError: if ``trusted=False`` and something in the file cannot be had without unpickling, or if a file that
+            needs no trust asks for larger networks than it holds weights for
         """
         check_flag("trusted", trusted)
+        at_most: AbstractContextManager[Any] = nullcontext()
         if is_plain(path):
+            at_most = NoMoreNumbers(path, Path(path).stat().st_size)
             data, params, variables = cls._read_plain(path)
             # what Stable-Baselines3 loads
             zipped = io.BytesIO()
@@ -111,4 +115,6 @@ class SafelySaved(OffPolicyAlgorithm):
         elif not trusted:
             vec_env = None if env is None else cls._wrap_env(env)
             custom_objects = objects_without_unpickling(cls, path, vec_env, custom_objects or {}, kwargs, cls.plain_objects)
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            at_most = NoMoreNumbers(path, n_bytes(path))
+        with at_most:
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)

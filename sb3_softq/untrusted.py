@@ -5,22 +5,84 @@ runs what a stranger wrote, but taken from the JSON beside it, from the caller, 
 
 import io
 import json
+import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # A file of zeros takes a thousandth of its size in a zip: networks do not
 MAX_RATIO = 20
 MAX_JSON = 64 * 2**20
 # State of a training, without which an agent acts, and begins another episode
 _FORGOTTEN = ("_last_obs", "_last_episode_starts", "_last_original_obs", "ep_info_buffer", "ep_success_buffer")
+
+# Numbers that networks are made with besides their weights
+SPARE_NUMBERS = 2**20
+
+
+class NoMoreNumbers(TorchDispatchMode):
+    """
+    Context in which no more numbers are allocated for new tensors than a file can hold: a stranger's file may ask for networks
+    of any size, which its weights would be found not to fit only once they are there.
+
+    :param path: Name of the file
+    :param n_bytes: Its size
+    :raises ValueError: when more are asked for
+    """
+
+    def __init__(self, path: object, n_bytes: int):
+        super().__init__()
+        self.path, self.n_bytes, self.n_numbers = path, n_bytes, 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not any(isinstance(x, th.Tensor) for x in tree_leaves(args)):
+            self.n_numbers += _n_numbers(func, args)
+            if self.n_numbers > self.n_bytes + SPARE_NUMBERS:
+                raise ValueError(
+                    f"{self.path} asks for networks of {self.n_numbers:,} numbers or more, but has {self.n_bytes:,} bytes: it "
+                    "does not hold their weights"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _n_numbers(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """That a tensor has which is made of no other: its shape is a list, or it is a range, or a unit matrix."""
+    shapes = [x for x in args if isinstance(x, list | tuple)]
+    if shapes:
+        return math.prod(shapes[0])
+    largest = max((abs(math.ceil(x)) for x in args if isinstance(x, int | float) and math.isfinite(x)), default=0)
+    return largest**2 if "eye" in str(func) else largest
+
+
+def n_bytes(path: str | Path | io.BufferedIOBase) -> int:
+    """
+    :param path: A zip of Stable-Baselines3, named with its suffix or without
+    :return: Its size
+    """
+    file = open_path(path, "r", suffix="zip")
+    size = file.seek(0, io.SEEK_END)
+    _put_back(file, path)
+    return size
+
+
+def _put_back(file: io.BufferedIOBase, path: str | Path | io.BufferedIOBase) -> None:
+    """Close what was opened, and leave what was open for the next reader."""
+    if isinstance(path, str | Path):
+        file.close()
+    else:
+        path.seek(0)
 
 
 def objects_without_unpickling(
@@ -52,10 +114,7 @@ def objects_without_unpickling(
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{path} is not an agent that Stable-Baselines3 has saved ({error})") from error
     finally:
-        if isinstance(path, str | Path):
-            file.close()
-        else:
-            path.seek(0)
+        _put_back(file, path)
     found: dict[str, Any] = dict(custom_objects)
     for name, entry in data.items():
         if name in found or not (isinstance(entry, dict) and ":serialized:" in entry):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
 import torch as th
 from gymnasium import spaces
@@ -230,6 +231,27 @@ def test_what_is_not_known_is_refused(tmp_path, name):
     rewrite(path, change)
     with pytest.raises(ValueError, match=message):
         SoftQ.load(path)
+
+
+LARGE = {
+    "wide": {"net_arch": [10**6, 10**6]},
+    "deep": {"net_arch": [1000] * 1000},
+    "experts": {"net_arch": [8], "n_experts": 10**7},
+    "bins": {"net_arch": [8], "n_bins": 10**9 + 1},
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("suffix", ["safetensors", "zip"])
+def test_networks_larger_than_their_file_are_not_built(tmp_path, name, suffix):
+    path = tmp_path / f"model.{suffix}"
+    model = agent()
+    model.policy_kwargs = LARGE[name]
+    model.save(path)
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ValueError, match=r"asks for networks of [0-9,]+ numbers or more, but has [0-9,]+ bytes"):
+        SoftQ.load(path, env=gym.make("Pendulum-v1"), trusted=False)
+    assert psutil.Process().memory_info().rss < before + 300e6
 
 
 def test_weights_of_another_shape(tmp_path):
