@@ -23,4 +23,7 @@ pytest-slow: ## tests that learn for minutes
 
 commit-checks: lint type pytest ## all that CI runs
 
-.PHONY: help format lint type pytest pytest-slow commit-checks
+package: ## wheel and sdist, and a training with the wheel alone in a fresh environment
+	.ci/package
+
+.PHONY: help format lint type pytest pytest-slow commit-checks package
