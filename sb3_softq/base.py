@@ -21,14 +21,14 @@ from sb3_softq.checks import (
     number_from_string,
 )
 from sb3_softq.finite import DivergedError
+from sb3_softq.logged_data import LoggedData
 from sb3_softq.networks import polyak_update
-from sb3_softq.off_policy import CheckedOffPolicyAlgorithm
 
 # Least learning rate of the log of the temperature where none is given
 ENT_COEF_LEARNING_RATE = 1e-3
 
 
-class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
+class MaximumEntropyAlgorithm(LoggedData):
     """
     Off-policy algorithm with a temperature, fixed or learned, critics and target critics.
 
@@ -46,8 +46,8 @@ class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
     policy_delay = 1
     # At the last update, in nats
     _policy_entropy: float | None = None
-    floats = (*CheckedOffPolicyAlgorithm.floats, "ent_coef_learning_rate", "ent_coef", "target_entropy")
-    integers: ClassVar[dict[str, int]] = CheckedOffPolicyAlgorithm.integers | {"target_update_interval": 1}
+    floats = (*LoggedData.floats, "ent_coef_learning_rate", "ent_coef", "target_entropy")
+    integers: ClassVar[dict[str, int]] = LoggedData.integers | {"target_update_interval": 1}
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
-        Sample the replay buffer and update critics, actor, temperature and target networks.
+        Sample the replay buffer, and logged data if there are any, and update critics, actor, temperature and target networks.
 
         :param gradient_steps: Number of gradient steps
         :param batch_size: Minibatch size
@@ -122,7 +122,7 @@ class MaximumEntropyAlgorithm(CheckedOffPolicyAlgorithm):
         stats: dict[str, list[th.Tensor]] = defaultdict(list)
 
         for _ in range(gradient_steps):
-            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            replay_data = self._sample(batch_size)
             ent_coef = self.ent_coef_tensor
             self._n_updates += 1
             step_stats = self.update_critic(replay_data, ent_coef)

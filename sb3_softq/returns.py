@@ -1,15 +1,18 @@
 """The scale of returns: rewards of any size become values of about 1 for the critics, in units that nobody else sees."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
+from typing_extensions import Self
 
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_flag
 from sb3_softq.critic import ParticleCritic
+from sb3_softq.data import Trajectory
 
 # The largest return that has been seen is at most so many times the scale (SimbaV2)
 LARGEST_RETURN = 5.0
@@ -116,6 +119,12 @@ class ScaledReturns(MaximumEntropyAlgorithm):
                     f"n_bins={self.policy_kwargs['n_bins']!r} is not allowed with normalize_rewards=False, which has no scale "
                     "that a histogram could end at: it must be 1"
                 )
+
+    def set_data(self, trajectories: Iterable[Trajectory] | None, share: float = 0.5) -> Self:
+        super().set_data(trajectories, share)
+        if self.logged_data is not None:
+            self.returns.observe_buffer(self.logged_data, self.gamma)
+        return self
 
     def _begin_learning(self, reset_num_timesteps: bool) -> None:
         super()._begin_learning(reset_num_timesteps)

@@ -17,6 +17,7 @@ from sb3_softq.actor import TEACHING_FLOOR, SamplingActor, entropy_bounds
 from sb3_softq.annealing import Annealing
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_compiler, check_flag, check_learning_rate, check_number
+from sb3_softq.cloning import BehaviourCloning
 from sb3_softq.critic import ParticleCritic, min_q_values, with_stacked_optimizer
 from sb3_softq.observations import batch_size, evenly_spaced
 from sb3_softq.optimization import LossAndStats, minimize
@@ -30,7 +31,7 @@ from sb3_softq.spaces import check_action_space
 from sb3_softq.stein import birth_death_rates, stein_direction, tanh_log_det_grad, weighted_mean
 
 
-class SoftQ(Queries, OwnTarget, ScaledReturns, MaximumEntropyAlgorithm):
+class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyAlgorithm):
     """
     Soft Q-learning (Haarnoja et al. 2017, https://arxiv.org/abs/1702.08165): a maximum-entropy agent
     pi(a|s) = exp((Q(s, a) - V(s)) / alpha) whose actor is a sampler, and therefore covers several modes.

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 
 from sb3_softq import SQL_2017, SoftQ
 from sb3_softq.checks import check_compiler
+from sb3_softq.data import Trajectory
 from tests.conftest import flat, small
 
 
@@ -39,6 +41,20 @@ def test_same_numbers(kwargs):
         model.learn(12)
         assert model._n_updates == 4
     eager, compiled = (flat(model.policy) - before for model in pair)
+    assert eager.abs().max() > 1e-4
+    th.testing.assert_close(compiled, eager, rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_same_numbers_of_cloning():
+    pair = [make(compile) for compile in (False, True)]
+    before = flat(pair[0].actor)
+    rng = np.random.default_rng(0)
+    data = [Trajectory(rng.uniform(-1.0, 1.0, (31, 3)), rng.uniform(-2.0, 2.0, (30, 1)), np.zeros(30), False)]
+    for model in pair:
+        model.set_random_seed(1)
+        model.set_data(data).clone_behaviour(4)
+    eager, compiled = (flat(model.actor) - before for model in pair)
     assert eager.abs().max() > 1e-4
     th.testing.assert_close(compiled, eager, rtol=0.02, atol=1e-5)
 

@@ -186,3 +186,14 @@ def test_fine_tuning(tmp_path):
     # two points of two directions of three agents
     assert len((tmp_path / "figure.csv").read_text().splitlines()) == 1 + 2 * 2 * 3
     assert image.imread(tmp_path / "figure.png").std() > 0.01
+
+
+def test_demonstrations(tmp_path):
+    steps = ("--demonstrations", 20, "--updates", 1000, "--episodes", 2, "--seeds", 0)
+    output = example("demonstrations.py", *steps, "--out", tmp_path / "figure.png")
+    assert output.count("share of actions that nobody demonstrated") == 2
+    rows = [row.split(",") for row in (tmp_path / "figure.csv").read_text().splitlines()]
+    assert [row[1] for row in rows] == ["actor", "SoftQ", "SAC"]
+    # an actor that has learned nothing has 0.9
+    assert all(float(row[-1]) < 0.6 for row in rows[1:])
+    assert image.imread(tmp_path / "figure.png").std() > 0.01

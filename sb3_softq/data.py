@@ -1,0 +1,166 @@
+"""Logged data: trajectories of demonstrations, or of another agent, from arrays or from Minari, and replay buffers of them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.preprocessing import maybe_transpose
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
+
+# How far beyond the box an action may lie by rounding, in units of the box
+TOLERANCE = 1e-3
+
+
+class Trajectory(NamedTuple):
+    """
+    One episode of n steps, as the environment gave it.
+
+    :param observations: Before each step and after the last one, shape (n + 1, ...), or a dict of such arrays
+    :param actions: In the environment's units, shape (n, ...)
+    :param rewards: Shape (n,)
+    :param terminated: Whether it terminated; else it was cut off, by a time limit say
+    """
+
+    observations: np.ndarray | dict[str, np.ndarray]
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: bool
+
+
+def from_minari(dataset: "str | MinariDataset") -> Iterator[Trajectory]:
+    """
+    Episodes of a Minari data set (https://minari.farama.org).
+
+    :param dataset: Its name, where it has been downloaded or made on this machine, or the data set itself
+    :return: Its episodes, read one by one
+    :raises ImportError: without Minari
+    :raises FileNotFoundError: if there is no data set of this name
+    """
+    try:
+        import minari
+    except ImportError as error:
+        raise ImportError('Minari data sets need minari: pip install "sb3-softq[minari]"') from error
+    opened = minari.load_dataset(dataset) if isinstance(dataset, str) else dataset
+    for episode in opened.iterate_episodes():
+        yield Trajectory(episode.observations, episode.actions, episode.rewards, bool(episode.terminations[-1]))
+
+
+def replay_buffer_of(
+    trajectories: Iterable[Trajectory],
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    scale_action: Callable[[np.ndarray], np.ndarray],
+    like: ReplayBuffer,
+) -> ReplayBuffer:
+    """
+    A replay buffer that holds trajectories and no more.
+
+    :param trajectories: At least one
+    :param observation_space: Of the agent
+    :param action_space: Of the agent
+    :param scale_action: Maps actions to those that the agent's replay buffer holds
+    :param like: The agent's replay buffer, whose samples can be put together with those of the new one
+    :return: The buffer
+    :raises ValueError: if a trajectory does not fit the spaces, or is not finite, naming it
+    """
+    checked = [_checked(trajectory, i, observation_space, action_space) for i, trajectory in enumerate(trajectories)]
+    if not checked:
+        raise ValueError("trajectories=[] is not allowed: there must be one at least")
+    cls: type[ReplayBuffer] = DictReplayBuffer if isinstance(observation_space, spaces.Dict) else ReplayBuffer
+    kwargs: dict[str, Any] = {}
+    if isinstance(like, NStepReplayBuffer):
+        cls, kwargs = NStepReplayBuffer, dict(n_steps=like.n_steps, gamma=like.gamma)
+    n_steps = sum(len(trajectory.rewards) for trajectory in checked)
+    buffer = cls(n_steps, observation_space, action_space, device=like.device, n_envs=1, **kwargs)
+    for observations, actions, rewards, terminated in checked:
+        scaled = scale_action(actions)
+        last = len(rewards) - 1
+        for i, reward in enumerate(rewards):
+            info = {"TimeLimit.truncated": i == last and not terminated}
+            obs, next_obs = _row(observations, i), _row(observations, i + 1)
+            buffer.add(obs, next_obs, scaled[i : i + 1], np.array([reward]), np.array([i == last]), [info])  # type: ignore[arg-type]
+    return buffer
+
+
+def join_samples(first: Any, second: Any) -> Any:
+    """
+    :param first: Samples of a replay buffer
+    :param second: Of another one of the same kind
+    :return: The samples of both
+    """
+    if first is None:
+        return None
+    if isinstance(first, th.Tensor):
+        return th.cat([first, second])
+    if isinstance(first, dict):
+        return {key: join_samples(first[key], second[key]) for key in first}
+    return type(first)(*(join_samples(a, b) for a, b in zip(first, second, strict=True)))
+
+
+def _row(observations: np.ndarray | dict[str, np.ndarray], i: int) -> np.ndarray | dict[str, np.ndarray]:
+    """One observation, with an axis for the one environment."""
+    if isinstance(observations, dict):
+        return {key: values[i : i + 1] for key, values in observations.items()}
+    return observations[i : i + 1]
+
+
+def _checked(
+    trajectory: Trajectory, i: int, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
+) -> Trajectory:
+    """The trajectory as arrays that fit the spaces."""
+    name = f"trajectories[{i}]"
+    observations, actions, rewards, terminated = trajectory
+    rewards = np.asarray(rewards, dtype=np.float32)
+    if rewards.ndim != 1 or len(rewards) == 0:
+        raise ValueError(f"{name} has rewards of shape {rewards.shape}: it must be (n,), of at least one step")
+    n = len(rewards)
+    if isinstance(observation_space, spaces.Dict):
+        if not isinstance(observations, dict) or observations.keys() != observation_space.spaces.keys():
+            given = list(observations) if isinstance(observations, dict) else type(observations).__name__
+            raise ValueError(f"{name} has observations {given}: it must be a dict of {list(observation_space.spaces)}")
+        observations = {
+            key: _checked_observations(observations[key], space, n, f"{name}, {key!r}")
+            for key, space in observation_space.spaces.items()
+        }
+    else:
+        observations = _checked_observations(observations, observation_space, n, name)
+    actions = np.asarray(actions)
+    if actions.shape != (n, *(action_space.shape or ())):
+        raise ValueError(f"{name} has actions of shape {actions.shape}: it must be {(n, *(action_space.shape or ()))}")
+    for label, values in (("rewards", rewards), ("actions", actions)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} has {label} that are not finite, in step {_first_row(~np.isfinite(values))}")
+    if isinstance(action_space, spaces.Box):
+        beyond = np.maximum(action_space.low - actions, actions - action_space.high) > TOLERANCE * (
+            action_space.high - action_space.low
+        )
+        actions = np.clip(actions, action_space.low, action_space.high)
+    else:
+        beyond = np.array([not action_space.contains(action) for action in actions])
+    if beyond.any():
+        raise ValueError(f"{name} has actions that are not in {action_space}, in step {_first_row(beyond)}")
+    return Trajectory(observations, actions, rewards, bool(terminated))
+
+
+def _checked_observations(values: Any, space: spaces.Space[Any], n_steps: int, name: str) -> np.ndarray:
+    shape = space.shape or ()
+    array = np.asarray(values)
+    if isinstance(space, spaces.Box) and array.shape[1:] != shape:
+        # images as environments give them
+        array = maybe_transpose(array, space)
+    if array.shape != (n_steps + 1, *shape):
+        raise ValueError(
+            f"{name} has observations of shape {array.shape}: it must be {(n_steps + 1, *shape)}, one more than it has rewards"
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} has observations that are not finite, in step {_first_row(~np.isfinite(array))}")
+    return array
+
+
+def _first_row(wrong: np.ndarray) -> int:
+    return int(np.argwhere(wrong)[0][0])

@@ -1,0 +1,97 @@
+"""Learning from logged data: offline first, then online with a share of each minibatch from the data."""
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.utils import configure_logger
+
+from sb3_softq.checks import check_integer, check_number
+from sb3_softq.data import Trajectory, join_samples, replay_buffer_of
+from sb3_softq.finite import check_parameters
+from sb3_softq.off_policy import CheckedOffPolicyAlgorithm
+
+SelfLogged = TypeVar("SelfLogged", bound="LoggedData")
+
+
+class LoggedData(CheckedOffPolicyAlgorithm):
+    """Mixin of the algorithms: trajectories beside the agent's own transitions."""
+
+    # Replay buffer of trajectories, which is not saved with the agent
+    logged_data: ReplayBuffer | None = None
+    # Of each minibatch
+    data_share = 0.5
+    _is_offline = False
+
+    def set_data(self: SelfLogged, trajectories: Iterable[Trajectory] | None, share: float = 0.5) -> SelfLogged:
+        """
+        Learn from logged data too, such as demonstrations: from them alone in :meth:`pretrain`, in a share of a minibatch in
+        ``learn`` (Ball et al. 2023, https://arxiv.org/abs/2302.02948). They are not saved with the agent: set them again for
+        one that was loaded.
+
+        :param trajectories: Of :func:`sb3_softq.data.from_minari`, or made of arrays; None to learn without from now on
+        :param share: Of each minibatch, from 0 to 1
+        :return: This agent
+        :raises ValueError: if a trajectory does not fit the agent's spaces, naming it
+        """
+        check_number("share", share, 0.0, 1.0)
+        self.data_share = float(share)
+        if trajectories is None:
+            self.logged_data = None
+            return self
+        assert self.replay_buffer is not None
+        assert self.policy is not None
+        scale = self.policy.scale_action if self.policy.squash_output else lambda actions: actions
+        self.logged_data = replay_buffer_of(
+            trajectories, self.observation_space, self.action_space, scale, like=self.replay_buffer
+        )
+        return self
+
+    def pretrain(self: SelfLogged, n_updates: int, log_interval: int = 1_000) -> SelfLogged:
+        """
+        Learn from the logged data alone, without the environment.
+
+        :param n_updates: Number of gradient steps
+        :param log_interval: Write the log after so many of them
+        :return: This agent
+        :raises ValueError: if there are no data, see :meth:`set_data`
+        """
+        check_integer("n_updates", n_updates, 1)
+        check_integer("log_interval", log_interval, 1)
+        self._begin_offline("pretrain")
+        self._is_offline = True
+        try:
+            for done in range(0, n_updates, log_interval):
+                self._update_current_progress_remaining(done, n_updates)
+                self.train(min(log_interval, n_updates - done), self.batch_size)
+                self.logger.dump(self._n_updates)
+        finally:
+            self._is_offline = False
+        check_parameters(self.policy, self.num_timesteps)
+        return self
+
+    def _begin_offline(self, tb_log_name: str) -> None:
+        """What ``learn`` does before an agent learns."""
+        if self.logged_data is None:
+            raise ValueError("there are no data to learn from: set_data(trajectories) comes first")
+        self._begin_learning(reset_num_timesteps=True)
+        if not self._custom_logger:
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, True)
+
+    def _sample(self, batch_size: int) -> Any:
+        """A minibatch, normalised as the agent's environment is."""
+        env = self._vec_normalize_env
+        n_logged = 0
+        if self.logged_data is not None:
+            n_logged = batch_size if self._is_offline else round(self.data_share * batch_size)
+        parts = []
+        if n_logged < batch_size:
+            assert self.replay_buffer is not None
+            parts.append(self.replay_buffer.sample(batch_size - n_logged, env=env))
+        if n_logged > 0:
+            assert self.logged_data is not None
+            parts.append(self.logged_data.sample(n_logged, env=env))
+        return parts[0] if len(parts) == 1 else join_samples(*parts)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "logged_data", "_is_offline"]

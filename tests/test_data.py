@@ -1,0 +1,311 @@
+"""Logged data: they lie in a replay buffer as the environment gave them, and an agent learns from them, offline and online."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_softq import DiscreteSoftQ, SoftQ
+from sb3_softq.data import Trajectory, from_minari
+from tests.conftest import RandomEnv, assert_same, flat, small
+
+minari = pytest.importorskip("minari")
+from minari.data_collector import EpisodeBuffer  # noqa: E402
+
+ACTIONS = spaces.Box(np.array([-1.0, 0.0], dtype=np.float32), np.array([3.0, 0.5], dtype=np.float32))
+
+
+def collect(env, n_episodes=3, n_steps=7, seed=0):
+    """Trajectories of random actions, the first of which terminates whatever the environment says."""
+    env.action_space.seed(seed)
+    found = []
+    for episode in range(n_episodes):
+        observations, actions, rewards = [env.reset(seed=seed + episode)[0]], [], []
+        for _ in range(n_steps + episode):
+            actions.append(env.action_space.sample())
+            obs, reward, terminated, truncated, _ = env.step(actions[-1])
+            observations.append(obs)
+            rewards.append(reward)
+            if terminated or truncated:
+                break
+        if isinstance(observations[0], dict):
+            stacked = {key: np.stack([obs[key] for obs in observations]) for key in observations[0]}
+        else:
+            stacked = np.stack(observations)
+        found.append(Trajectory(stacked, np.array(actions), np.array(rewards), episode == 0))
+    return found
+
+
+def test_transitions_are_those_of_the_trajectories():
+    trajectories = collect(RandomEnv(ACTIONS))
+    model = small(env=RandomEnv(ACTIONS)).set_data(trajectories)
+    buffer = model.logged_data
+    assert (buffer.size(), buffer.full, buffer.n_envs) == (7 + 8 + 9, True, 1)
+    row = 0
+    for observations, actions, rewards, terminated in trajectories:
+        for i, reward in enumerate(rewards):
+            assert (buffer.observations[row, 0] == observations[i]).all()
+            assert (buffer.next_observations[row, 0] == observations[i + 1]).all()
+            assert buffer.actions[row, 0] == pytest.approx(
+                2 * (actions[i] - ACTIONS.low) / (ACTIONS.high - ACTIONS.low) - 1, abs=1e-6
+            )
+            assert buffer.rewards[row, 0] == pytest.approx(reward)
+            is_last = i == len(rewards) - 1
+            assert buffer.dones[row, 0] == is_last
+            # what a time limit has cut off goes on
+            assert buffer.timeouts[row, 0] == (is_last and not terminated)
+            row += 1
+    samples = buffer._get_samples(np.arange(row))
+    assert np.flatnonzero(samples.dones.numpy()).tolist() == [6]
+
+
+def test_dictionaries_of_any_observations():
+    env = SimpleMultiObsEnv(random_start=False, discrete_actions=False)
+    trajectories = collect(env)
+    model = small(policy="MultiInputPolicy", env=SimpleMultiObsEnv(random_start=False, discrete_actions=False), n_steps=1)
+    buffer = model.set_data(trajectories).logged_data
+    assert type(buffer) is DictReplayBuffer
+    assert (buffer.observations["vec"][:7, 0] == trajectories[0].observations["vec"][:7]).all()
+    # channels first, as the networks have them
+    image = trajectories[0].observations["img"][:7]
+    expected = image if model.observation_space["img"].shape == image.shape[1:] else image.transpose(0, 3, 1, 2)
+    assert (buffer.observations["img"][:7, 0] == expected).all()
+    model.pretrain(2)
+
+
+def test_images_as_environments_give_them():
+    env = FakeImageEnv(screen_height=36, screen_width=36, discrete=False)
+    model = small(policy="CnnPolicy", env=env, width=None, buffer_size=50).set_data(collect(env))
+    assert model.logged_data.observations.shape[2:] == (1, 36, 36)
+    model.pretrain(2)
+
+
+def test_n_steps_do_not_run_into_the_next_trajectory():
+    model = small(env=RandomEnv(ACTIONS), n_steps=3, gamma=0.5).set_data(trajectories := collect(RandomEnv(ACTIONS)))
+    buffer = model.logged_data
+    assert type(buffer) is NStepReplayBuffer
+    samples = buffer._get_samples(np.array([0, 5, 13]))
+    first, second = trajectories[0].rewards, trajectories[1].rewards
+    # the last step but one of the first trajectory, which terminates, and of the second, which was cut off
+    expected = [first[0] + 0.5 * first[1] + 0.25 * first[2], first[5] + 0.5 * first[6], second[6] + 0.5 * second[7]]
+    assert samples.rewards[:, 0].numpy() == pytest.approx(np.array(expected))
+    assert samples.dones[:, 0].tolist() == [0.0, 1.0, 0.0]
+    assert samples.discounts[:, 0].tolist() == [0.125, 0.25, 0.25]
+    model.pretrain(2)
+    model.learn(20)
+
+
+def test_goals_beside_those_of_her():
+    env = BitFlippingEnv(n_bits=4, continuous=True)
+    kwargs = dict(replay_buffer_class=HerReplayBuffer, policy="MultiInputPolicy")
+    model = small(env=env, **kwargs).set_data(collect(BitFlippingEnv(n_bits=4, continuous=True)), share=0.25)
+    assert type(model.logged_data) is DictReplayBuffer
+    model.pretrain(2)
+    model.learn(40)
+    assert model._n_updates > 10
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_share_of_each_minibatch(share):
+    """Logged observations are 100."""
+    logged = [t._replace(observations=np.full_like(t.observations, 100.0)) for t in collect(RandomEnv(ACTIONS))]
+    model = small(env=RandomEnv(ACTIONS)).learn(20)
+    model.set_data(logged, share=share)
+    samples = model._sample(16)
+    is_logged = (samples.observations == 100.0).all(dim=1)
+    assert int(is_logged.sum()) == 16 * share
+    assert len(samples.rewards) == len(samples.actions) == len(samples.next_observations) == 16
+    assert samples.discounts is None
+    model.set_data(None)
+    assert not (model._sample(16).observations == 100.0).any()
+
+
+def test_normalised_as_the_environment_is():
+    env = VecNormalize(DummyVecEnv([lambda: RandomEnv(ACTIONS)]))
+    model = small(env=env).learn(30)
+    model.set_data(trajectories := collect(RandomEnv(ACTIONS)), share=1.0)
+    samples = model._sample(64)
+    raw = np.concatenate([t.observations[:-1] for t in trajectories])
+    distances = np.abs(samples.observations.numpy()[:, None] - env.normalize_obs(raw)).max(axis=2)
+    assert distances.min(axis=1).max() < 1e-5
+
+
+class Aim(gym.Env):
+    """One step: act near half of the observation, rewards up to 0."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (1,))
+    action_space = spaces.Box(-2.0, 2.0, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs = self.np_random.uniform(-1.0, 1.0, 1).astype(np.float32)
+        return self.obs, {}
+
+    def step(self, action):
+        return self.obs, -10.0 * float((action[0] - self.obs[0]) ** 2), True, False, {}
+
+
+def test_pretraining_learns_the_task_without_the_environment():
+    env = Aim()
+    env.action_space.seed(0)
+    trajectories = []
+    for i in range(1000):
+        obs, _ = env.reset(seed=i)
+        action = env.action_space.sample()
+        trajectories.append(Trajectory(np.stack([obs, obs]), action[None], np.array([env.step(action)[1]]), True))
+    model = SoftQ("MlpPolicy", Aim(), policy_kwargs=dict(net_arch=[32]), batch_size=64, seed=0, device="cpu")
+    model.set_data(trajectories).pretrain(1500)
+    assert (model.num_timesteps, model._n_updates, model.replay_buffer.size()) == (0, 1500, 0)
+    obs = np.linspace(-0.8, 0.8, 9, dtype=np.float32)[:, None]
+    assert np.abs(model.predict(obs, deterministic=True)[0] - obs).max() < 0.3
+    # what a scale of rewards is, is known from the data
+    assert model.returns.count == 1000
+    model.learn(20)
+    assert model.num_timesteps == 20
+
+
+def test_the_actor_learns_both_ways_of_a_demonstration():
+    """Where a Gaussian has its mean, nobody acts."""
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1.0, 1.0, (1001, 3)).astype(np.float32)
+    way = rng.choice([-1.0, 1.0], 1000, p=[0.3, 0.7])
+    actions = (way * (1.0 + 0.4 * obs[:1000, 0]) + 0.1 * rng.standard_normal(1000))[:, None]
+    model = SoftQ("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=[32]), batch_size=64, seed=0, device="cpu")
+    critics = flat(model.critic)
+    model.set_data([Trajectory(obs, actions, np.zeros(1000), False)]).clone_behaviour(600)
+    assert th.equal(flat(model.critic), critics)
+    for x in (-0.8, 0.0, 0.8):
+        modes, shares = model.modes(np.array([x, 0.0, 0.0], dtype=np.float32), min_share=0.05)
+        assert modes.ravel() == pytest.approx([1.0 + 0.4 * x, -1.0 - 0.4 * x], abs=0.2)
+        assert shares == pytest.approx([0.7, 0.3], abs=0.12)
+
+
+def test_discrete_actions():
+    env = gym.make("CartPole-v1")
+    model = small(DiscreteSoftQ, env="CartPole-v1").set_data(collect(env))
+    before = flat(model.policy)
+    model.pretrain(5)
+    assert not th.equal(flat(model.policy), before)
+    model.learn(40)
+
+
+def test_the_log_of_pretraining(tmp_path):
+    model = small(env=RandomEnv(ACTIONS)).set_data(collect(RandomEnv(ACTIONS)))
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.pretrain(10, log_interval=4)
+    lines = (tmp_path / "progress.csv").read_text().splitlines()
+    assert [line.split(",")[lines[0].split(",").index("train/n_updates")] for line in lines[1:]] == ["4", "8", "10"]
+
+
+def test_data_are_not_saved(tmp_path):
+    model = small(env=RandomEnv(ACTIONS)).set_data(collect(RandomEnv(ACTIONS)), share=0.75)
+    model.pretrain(2)
+    for name in ("agent.zip", "agent.safetensors"):
+        model.save(tmp_path / name)
+        loaded = SoftQ.load(tmp_path / name, env=RandomEnv(ACTIONS))
+        assert loaded.logged_data is None
+        assert loaded.data_share == 0.75
+        loaded.learn(20)
+
+
+def test_without_data():
+    model = small(env=RandomEnv(ACTIONS))
+    for method in (model.pretrain, model.clone_behaviour):
+        with pytest.raises(ValueError, match=r"no data to learn from: set_data\(trajectories\) comes first"):
+            method(1)
+    with pytest.raises(ValueError, match=r"share=1\.5 is not allowed"):
+        model.set_data(collect(RandomEnv(ACTIONS)), share=1.5)
+    model.set_data(collect(RandomEnv(ACTIONS)))
+    for method in (model.pretrain, model.clone_behaviour):
+        with pytest.raises(ValueError, match="n_updates=0 is not allowed"):
+            method(0)
+
+
+def wrong(**changes):
+    first, second, *others = collect(RandomEnv(ACTIONS))
+    return [first, second._replace(**{name: change(getattr(second, name)) for name, change in changes.items()}), *others]
+
+
+def with_value(value):
+    def change(array):
+        array = array.copy()
+        array[3] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("trajectories", "message"),
+    [
+        ([], "there must be one at least"),
+        (wrong(observations=lambda x: x[:-1]), r"trajectories\[1\] has observations of shape \(8, 3\): it must be \(9, 3\)"),
+        (wrong(observations=lambda x: x[:, :2]), r"trajectories\[1\] has observations of shape \(9, 2\)"),
+        (wrong(observations=lambda x: {"a": x}), r"trajectories\[1\] has observations"),
+        (wrong(observations=with_value(np.nan)), r"trajectories\[1\] has observations that are not finite, in step 3"),
+        (wrong(actions=lambda x: x[:, 0]), r"trajectories\[1\] has actions of shape \(8,\): it must be \(8, 2\)"),
+        (wrong(actions=with_value(np.nan)), r"trajectories\[1\] has actions that are not finite, in step 3"),
+        (wrong(actions=with_value(2.0)), r"trajectories\[1\] has actions that are not in Box\(.*, in step 3"),
+        (wrong(rewards=with_value(np.inf)), r"trajectories\[1\] has rewards that are not finite, in step 3"),
+        (wrong(rewards=lambda x: x[:0]), r"trajectories\[1\] has rewards of shape \(0,\)"),
+        (wrong(rewards=lambda x: x[:, None]), r"trajectories\[1\] has rewards of shape \(8, 1\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(trajectories, message):
+    with pytest.raises(ValueError, match=message):
+        small(env=RandomEnv(ACTIONS)).set_data(trajectories)
+
+
+def test_a_dictionary_that_lacks_a_key():
+    env = SimpleMultiObsEnv(discrete_actions=False)
+    (first, *_) = collect(env)
+    del first.observations["vec"]
+    with pytest.raises(
+        ValueError, match=r"trajectories\[0\] has observations \['img'\]: it must be a dict of \['img', 'vec'\]"
+    ):
+        small(policy="MultiInputPolicy", env=env).set_data([first])
+
+
+def test_rounding_at_the_edge_of_the_box():
+    (first, *_) = collect(RandomEnv(ACTIONS))
+    first.actions[0] = ACTIONS.high + 1e-4
+    model = small(env=RandomEnv(ACTIONS)).set_data([first])
+    assert model.logged_data.actions[0, 0] == pytest.approx(np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "make_env"),
+    [
+        (SoftQ, "MlpPolicy", lambda: gym.make("Pendulum-v1")),
+        (DiscreteSoftQ, "MlpPolicy", lambda: gym.make("CartPole-v1")),
+        (SoftQ, "MultiInputPolicy", lambda: BitFlippingEnv(n_bits=4, continuous=True)),
+    ],
+    ids=["box", "discrete", "dict"],
+)
+def test_minari(tmp_path, monkeypatch, algorithm, policy, make_env):
+    """A data set that is made and kept on this machine."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    trajectories = collect(make_env(), n_episodes=4, n_steps=12)
+    buffers = []
+    for observations, actions, rewards, terminated in trajectories:
+        ends = np.arange(len(rewards)) == len(rewards) - 1
+        flags = dict(terminations=list(ends & terminated), truncations=list(ends & (not terminated)))
+        buffers.append(EpisodeBuffer(observations=observations, actions=list(actions), rewards=list(rewards), **flags))
+    env = make_env()
+    spaces_of_it = dict(observation_space=env.observation_space, action_space=env.action_space)
+    dataset = minari.create_dataset_from_buffers("test/agent-v0", buffers, algorithm_name="random", **spaces_of_it)
+    for source in (dataset, "test/agent-v0"):
+        for found, expected in zip(from_minari(source), trajectories, strict=True):
+            assert_same(found._replace(rewards=None), expected._replace(rewards=None))
+            assert found.rewards == pytest.approx(expected.rewards)
+    model = small(algorithm, policy, env=make_env()).set_data(from_minari("test/agent-v0"))
+    assert model.logged_data.size() == sum(len(t.rewards) for t in trajectories)
+    model.pretrain(3)
+    with pytest.raises(FileNotFoundError):
+        list(from_minari("test/none-v0"))
