@@ -73,6 +73,7 @@ class Ring(gym.Wrapper):
         )
         # every episode begins in the same place: what it does then is up to the policy
         self.unwrapped.position_noise_range = 0.0  # type: ignore[attr-defined]
+        assert isinstance(self.env.observation_space, gym.spaces.Dict)
         self.observation_space = self.env.observation_space["observation"]
         self.n_steps = 0
         # cells to the goal, from each cell
@@ -126,15 +127,15 @@ class Outcome(NamedTuple):
         return "up" if self.up >= self.down else "down"
 
 
-def roll_out(agent: BaseAlgorithm, env: Ring, n_episodes: int) -> Outcome:
-    """Stochastic episodes. Those that reach the goal have crossed the middle column of the map, above or below."""
+def roll_out(agent: BaseAlgorithm, env: Ring, n_episodes: int, deterministic: bool = False) -> Outcome:
+    """Episodes. Those that reach the goal have crossed the middle column of the map, above or below."""
     taken = {"up": 0, "down": 0}
     paths = []
     for episode in range(n_episodes):
         obs, _ = env.reset(seed=10_000 + episode)
         path, reached = [obs[:2]], False
         for _ in range(N_STEPS):
-            action, _ = agent.predict(obs, deterministic=False)
+            action, _ = agent.predict(obs, deterministic=deterministic)
             obs, _, _, _, info = env.step(action)
             path.append(obs[:2])
             reached = reached or info["success"]
@@ -190,14 +191,20 @@ def draw(pictures: dict[str, tuple[Outcome, Outcome]], out: Path) -> None:
     figure, axes = new_figure(3.2 * len(pictures), 5.0, len(pictures), 2)
     for column, (name, (before, at_once)) in zip(np.atleast_2d(axes.T), pictures.items(), strict=True):
         for ax, outcome, blocked in zip(column, (before, at_once), (None, before.favourite), strict=True):
-            cells = np.array([[cell == 1 for cell in row] for row in ring(blocked)])
-            height, width = cells.shape
-            ax.imshow(cells, cmap="Greys", vmax=2, extent=(-width / 2, width / 2, -height / 2, height / 2))
-            for path in outcome.paths:
-                ax.plot(*path.T, color=COLOURS[name], alpha=0.2, linewidth=0.8)
-            ax.set(xticks=[], yticks=[], title=f"{name}: {outcome.up} up, {outcome.down} down")
+            draw_paths(ax, outcome.paths, COLOURS[name], blocked)
+            ax.set_title(f"{name}: {outcome.up} up, {outcome.down} down")
     figure.tight_layout()
     figure.savefig(out)
+
+
+def draw_paths(axes: Any, paths: np.ndarray, colour: str, blocked: str | None = None) -> None:
+    """The maze from above, and where episodes went."""
+    cells = np.array([[cell == 1 for cell in row] for row in ring(blocked)])
+    height, width = cells.shape
+    axes.imshow(cells, cmap="Greys", vmax=2, extent=(-width / 2, width / 2, -height / 2, height / 2))
+    for path in paths:
+        axes.plot(*path.T, color=colour, alpha=0.2, linewidth=0.8)
+    axes.set(xticks=[], yticks=[])
 
 
 if __name__ == "__main__":
