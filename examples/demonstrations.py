@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from ring_maze import N_STEPS, Outcome, Ring, draw_paths, roll_out
 from stable_baselines3 import SAC
-from two_routes import COLOURS, N_STEPS, Outcome, Ring, draw_paths, roll_out
 
 from sb3_softq import SoftQ
 from sb3_softq.data import Trajectory
@@ -27,6 +27,7 @@ OUT = Path(__file__).parent / "results" / "demonstrations.png"
 # Corners of the ways, in metres
 CORNERS = {"up": [(-2.0, 1.0), (2.0, 1.0), (2.0, 0.0)], "down": [(-2.0, -1.0), (2.0, -1.0), (2.0, 0.0)]}
 START = np.array([-2.0, 0.0, 0.0, 0.0])
+COLOURS = {"SoftQ": "tab:blue", "SAC": "tab:orange"}
 # An action further than this from all that were demonstrated is none of theirs; the box is 2 wide
 NEAR = 0.3
 
