@@ -1,6 +1,7 @@
 """The package's modules: small, and imported in one direction."""
 
 import ast
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -56,6 +57,7 @@ LEVELS = (
 FACE = ""
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Syntax trees by the name within the package."""
     trees = {}
