@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,17 +10,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_softq.checks import check_integer
 from sb3_softq.envs.multi_goal import MultiGoalEnv, roll_out
+from sb3_softq.plots import load_imageio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def _imageio() -> ModuleType:
-    try:
-        import imageio.v3 as iio
-    except ImportError as error:
-        raise ImportError('the animation needs imageio: pip install "sb3-softq[extra]"') from error
-    return iio
 
 
 class PlotCallback(BaseCallback):
@@ -41,7 +33,7 @@ class PlotCallback(BaseCallback):
         check_integer("freq", freq, 1)
         check_integer("fps", fps, 1)
         # before training, not after it
-        _imageio()
+        load_imageio()
         self.draw = draw
         self.folder = Path(folder)
         self.freq = freq
@@ -61,7 +53,7 @@ class PlotCallback(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        iio = _imageio()
+        iio = load_imageio()
         if self.frames:
             images = np.stack([iio.imread(frame)[..., :3] for frame in self.frames])
             iio.imwrite(self.folder / "animation.gif", images, duration=1000 / self.fps, loop=0)

@@ -1,6 +1,7 @@
 """Pictures of any agent: figures that need no screen, level curves of Q with the policy's samples."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,18 @@ def new_figure(width: float, height: float, n_columns: int = 1, n_rows: int = 1)
     figure = Figure(figsize=(width, height), dpi=100)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(n_rows, n_columns)
+
+
+def load_imageio() -> ModuleType:
+    """
+    :return: ``imageio.v3``
+    :raises ImportError: without imageio
+    """
+    try:
+        import imageio.v3 as iio
+    except ImportError as error:
+        raise ImportError('animations and videos need imageio: pip install "sb3-softq[extra]"') from error
+    return iio
 
 
 def figure_to_array(figure: "Figure") -> np.ndarray:

@@ -27,7 +27,9 @@ def check_observation_space(space: spaces.Space[Any]) -> None:
         raise _refuse("observation_space", space, "a Box, Discrete, MultiDiscrete or MultiBinary space, or a Dict of such")
     for part in parts:
         if isinstance(part, spaces.Box | spaces.MultiBinary) and (part.shape == () or 0 in part.shape):
-            raise _refuse("observation_space", space, "of at least one axis, each of length >= 1")
+            raise _refuse(
+                "observation_space", space, "of at least one axis (gymnasium.wrappers.FlattenObservation), each of length >= 1"
+            )
         if isinstance(part, spaces.MultiDiscrete) and (part.nvec.ndim != 1 or part.nvec.size == 0):
             raise _refuse("observation_space", space, "of one axis, of length >= 1, where it is MultiDiscrete")
         if isinstance(part, spaces.Discrete | spaces.MultiDiscrete) and np.any(part.start != 0):

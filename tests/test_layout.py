@@ -48,8 +48,8 @@ LEVELS = (
     ("checkpoint", "composition", "vec_env", "rollouts", "plots"),
     ("envs.multi_goal", "envs.pusher"),
     ("envs",),
-    ("callbacks",),
-    ("zoo.search", "zoo.storage", "zoo.tuned", "zoo.untrusted"),
+    ("callbacks", "tracking"),
+    ("zoo.environments", "zoo.search", "zoo.storage", "zoo.tuned", "zoo.untrusted"),
     ("zoo",),
     ("zoo.__main__",),
 )

@@ -18,6 +18,7 @@ import yaml
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.zoo import HYPERPARAMS, ZooSoftQ, untrusted
 from sb3_softq.zoo.__main__ import COMMANDS, with_configuration
+from sb3_softq.zoo.environments import environment_of, register_environment
 from sb3_softq.zoo.search import convert_softq_params, sample_softq_params
 from tests.test_untrusted import Payload, with_payload
 
@@ -207,10 +208,51 @@ def test_configuration(arguments, is_ours):
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "env_id"),
+    [
+        (["--algo", "softq", "--env", "a/b-v0"], "a/b-v0"),
+        (["--env=Fetch", "--seed", "1"], "Fetch"),
+        (["--env"], ""),
+        ([], ""),
+        (["--env-kwargs", "a:1"], ""),
+    ],
+)
+def test_environment_that_arguments_name(arguments, env_id):
+    assert environment_of(arguments) == env_id
+
+
+@pytest.mark.parametrize(
+    ("env_id", "package", "extra"),
+    [("dm_control/walker-walk-v0", "dm_control", "dm_control"), ("FetchReach-v4", "gymnasium_robotics", "robotics")],
+)
+def test_missing_packages_of_environments_are_named(monkeypatch, env_id, package, extra):
+    monkeypatch.setattr(gym.envs.registration, "registry", {})
+    monkeypatch.setattr(gym, "registry", {})
+    # what Python does where a package is not installed
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{env_id} needs {package}: .*\[{extra}\]"):
+        register_environment(env_id)
+
+
+def test_environments_of_nobody_are_left_to_the_rl_zoo():
+    register_environment("NoSuchEnvironment-v0")
+    assert "NoSuchEnvironment-v0" not in gym.registry
+
+
+def test_goals_of_a_robot_are_registered_when_they_are_named(tmp_path):
+    output = zoo(
+        "train", "--algo", "softq", "--env", "FetchReach-v4", "-n", 250, "-f", tmp_path, "--seed", 1, "--eval-freq", -1
+    )
+    assert "HerReplayBuffer" in output
+    assert (tmp_path / "softq" / "FetchReach-v4_1" / "FetchReach-v4.zip").is_file()
+
+
 @pytest.mark.parametrize("file", ENTRIES)
 def test_entries_are_of_known_environments_and_arguments(file):
     for env_id, entry in ENTRIES[file].items():
-        if env_id != "default" and not env_id.startswith("PointMaze"):
+        if env_id != "default" and not env_id.startswith("dm_control"):
+            register_environment(env_id)
             gym.spec(env_id)
         arguments = {
             k: v for k, v in entry.items() if k not in ("n_timesteps", "env_wrapper", "frame_stack", "noise_type", "noise_std")

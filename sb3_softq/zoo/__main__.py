@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 
 from sb3_softq.zoo import HYPERPARAMS, untrusted
+from sb3_softq.zoo.environments import environment_of, register_environment
 from sb3_softq.zoo.storage import shared
 
 COMMANDS = {
@@ -87,6 +88,7 @@ def main() -> None:
             return
         sys.exit(f"{command!r} is not a command of the RL Zoo\n{known}" if command else known)
     arguments = without_trust(command, sys.argv[2:])
+    register_environment(environment_of(arguments))
     sys.argv = [f"sb3_softq.zoo {command}", *(with_configuration(arguments) if command == "train" else arguments)]
     subprocess.call = call_with_softq(subprocess.call)
     optuna.create_study = shared(optuna.create_study)

@@ -1,0 +1,240 @@
+"""
+What experiment trackers show of an agent, through the logger of Stable-Baselines3: its hyper-parameters, what its policy does
+at fixed states, a video; and a writer for MLflow. Weights & Biases takes all of it from TensorBoard (``sync_tensorboard``).
+"""
+
+import inspect
+import io
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Figure, HParam, KVWriter, Logger, TensorBoardOutputFormat
+
+from sb3_softq.checks import check_integer
+from sb3_softq.plots import load_imageio, new_figure, plot_level_curves
+from sb3_softq.softq import SoftQ
+
+#: Writers that show a number or a line of text alone
+TEXT = ("stdout", "log", "json", "csv")
+#: What TensorBoard's page of hyper-parameters compares agents by
+METRICS = ("rollout/ep_rew_mean", "eval/mean_reward", "train/entropy", "train/ent_coef")
+
+
+class HParamCallback(BaseCallback):
+    """
+    Log the agent's hyper-parameters, for TensorBoard's page HPARAMS: each argument of its class that is a number, a string or
+    a flag, any other as text.
+
+    :param metrics: Names of what the agents shall be compared by there, as they are logged
+    """
+
+    def __init__(self, metrics: tuple[str, ...] = METRICS):
+        super().__init__()
+        self.metrics = metrics
+
+    def _on_training_start(self) -> None:
+        names = inspect.signature(type(self.model).__init__).parameters
+        values = {name: vars(self.model)[name] for name in names if name in vars(self.model)}
+        parameters = {
+            name: value if isinstance(value, bool | int | float | str) else repr(value)
+            for name, value in values.items()
+            if name not in ("env", "policy")
+        }
+        parameters |= {"algorithm": type(self.model).__name__, "n_envs": self.model.n_envs}
+        self.logger.record("hparams", HParam(parameters, dict.fromkeys(self.metrics, 0.0)), exclude=TEXT)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class PolicyCallback(BaseCallback):
+    """
+    Log what the policy does at fixed states: ``policy/entropy`` in nats over the normalised box, ``policy/soft_value`` in the
+    units of the rewards, ``policy/n_modes`` (means over the states); ``policy/modes_per_state``, a histogram; level
+    curves of Q with the policy's samples and modes, a figure; and a video of an episode.
+
+    :param states: Observations as the agent sees them, an axis of states first; by default those that training begins with
+    :param freq: Steps between two logs
+    :param dims: Which two dimensions of the action the figure shows, at the first state; an agent of one dimension has none
+    :param video_env: Environment of the video, or its name; None for no video. Observations are normalised as in training
+    :param video_length: Most frames of a video
+    :raises ValueError: if ``freq`` or ``video_length`` is not an integer >= 1, or the agent is not a :class:`sb3_softq.SoftQ`
+    :raises ImportError: without matplotlib, or imageio where there is a video
+    """
+
+    def __init__(
+        self,
+        states: Any = None,
+        freq: int = 10_000,
+        dims: tuple[int, int] = (0, 1),
+        video_env: gym.Env[Any, Any] | str | None = None,
+        video_length: int = 200,
+    ):
+        super().__init__()
+        check_integer("freq", freq, 1)
+        check_integer("video_length", video_length, 1)
+        # before training, not in the middle of it
+        new_figure(1, 1)
+        if video_env is not None:
+            load_imageio()
+        self.states = states
+        self.freq = freq
+        self.dims = dims
+        self.video_env = gym.make(video_env, render_mode="rgb_array") if isinstance(video_env, str) else video_env
+        self.video_length = video_length
+        self._next = 0
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, SoftQ):
+            raise ValueError(f"model={type(self.model).__name__} is not allowed: it must be a SoftQ, whose policy has modes")
+
+    def _on_training_start(self) -> None:
+        if self.states is None:
+            self.states = self.model._last_obs
+        self._next = self.num_timesteps + self.freq
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= self._next:
+            self._next += self.freq
+            # what is asked of the agent takes nothing from the random numbers of training
+            with th.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
+                self._log()
+        return True
+
+    def _log(self) -> None:
+        model, logger = self.model, self.logger
+        assert isinstance(model, SoftQ)
+        states = [_row(self.states, i) for i in range(_n_rows(self.states))]
+        n_modes = np.array([len(model.modes(state)[0]) for state in states])
+        logger.record("policy/entropy", float(np.mean(model.entropy(self.states))))
+        logger.record("policy/soft_value", float(np.mean(model.soft_value(self.states))))
+        logger.record("policy/n_modes", float(n_modes.mean()))
+        logger.record("policy/modes_per_state", n_modes, exclude=TEXT)
+        if np.prod(model.action_space.shape) >= 2:
+            figure, axes = new_figure(4, 4)
+            plot_level_curves(axes, model, states[0], self.dims, modes=True)
+            logger.record("policy/level_curves", Figure(figure, close=False), exclude=TEXT)
+        if self.video_env is not None:
+            frames = roll_out_frames(model, self.video_env, self.video_length)
+            log_video(logger, "policy/video", frames, self.num_timesteps)
+
+
+def _n_rows(states: Any) -> int:
+    return len(next(iter(states.values()))) if isinstance(states, dict) else len(states)
+
+
+def _row(states: Any, i: int) -> Any:
+    return {key: value[i] for key, value in states.items()} if isinstance(states, dict) else states[i]
+
+
+def roll_out_frames(model: SoftQ, env: gym.Env[Any, Any], n_steps: int) -> np.ndarray:
+    """
+    One episode with deterministic actions.
+
+    :param model: Agent
+    :param env: Environment with ``render_mode="rgb_array"``
+    :param n_steps: Most steps
+    :return: Frames, shape (n, height, width, 3), uint8
+    """
+    normalize = model.get_vec_normalize_env()
+    obs, _ = env.reset(seed=0)
+    frames = [np.asarray(env.render())]
+    for _ in range(n_steps - 1):
+        action, _ = model.predict(obs if normalize is None else normalize.normalize_obs(obs), deterministic=True)
+        obs, _, terminated, truncated, _ = env.step(action)
+        frames.append(np.asarray(env.render()))
+        if terminated or truncated:
+            break
+    return np.stack(frames)
+
+
+def log_video(logger: Logger, name: str, frames: np.ndarray, step: int, fps: int = 30) -> None:
+    """
+    Log an animated GIF to TensorBoard and MLflow, where the logger writes to them. ``SummaryWriter.add_video`` of torch needs
+    a moviepy older than the RL Zoo's.
+
+    :param logger: Logger of the agent
+    :param name: What it is called there
+    :param frames: Shape (n, height, width, 3), uint8
+    :param step: Number of steps so far
+    :param fps: Frames per second
+    """
+    buffer = io.BytesIO()
+    load_imageio().imwrite(buffer, frames, extension=".gif", duration=1000 / fps, loop=0)
+    for output in logger.output_formats:
+        if isinstance(output, TensorBoardOutputFormat):
+            # not at the top: tensorboard is optional, and is there where its writer is
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            height, width = frames.shape[1:3]
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+            output.writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        elif isinstance(output, MLflowOutputFormat):
+            output.log_file(f"{name}_{step}.gif", buffer.getvalue())
+
+
+class MLflowOutputFormat(KVWriter):
+    """
+    Writer of the logger for MLflow: numbers as metrics, hyper-parameters as parameters, figures and videos as artifacts, in
+    the run that is active, or a new one.
+
+        from stable_baselines3.common.logger import HumanOutputFormat, Logger
+
+        model.set_logger(Logger(None, [HumanOutputFormat(sys.stdout), MLflowOutputFormat()]))
+
+    :raises ImportError: without the extra ``mlflow``
+    """
+
+    def __init__(self) -> None:
+        self._mlflow = _mlflow()
+        self._begun = self._mlflow.active_run() is None
+        self.run_id = (self._mlflow.start_run() if self._begun else self._mlflow.active_run()).info.run_id
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """
+        :param key_values: What was recorded
+        :param key_excluded: For each of it the writers that do not get it
+        :param step: Number of steps so far
+        """
+        client = self._mlflow.MlflowClient()
+        for key, value in key_values.items():
+            if "mlflow" in (key_excluded.get(key) or ()):
+                continue
+            if isinstance(value, HParam):
+                for name, parameter in value.hparam_dict.items():
+                    client.log_param(self.run_id, name, parameter)
+            elif isinstance(value, Figure):
+                buffer = io.BytesIO()
+                value.figure.savefig(buffer, format="png")
+                self.log_file(f"{key}_{step}.png", buffer.getvalue())
+            elif isinstance(value, bool | int | float | np.number):
+                client.log_metric(self.run_id, key, float(value), step=step)
+
+    def log_file(self, name: str, content: bytes) -> None:
+        """
+        :param name: Of the artifact, with the folder that it is in
+        :param content: Of the file
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(name).name
+            path.write_bytes(content)
+            self._mlflow.MlflowClient().log_artifact(self.run_id, str(path), str(Path(name).parent))
+
+    def close(self) -> None:
+        """End the run, if it was begun here."""
+        if self._begun:
+            self._mlflow.end_run()
+
+
+def _mlflow() -> ModuleType:
+    try:
+        import mlflow
+    except ImportError as error:
+        raise ImportError('MLflowOutputFormat needs MLflow: pip install "sb3-softq[mlflow]"') from error
+    return mlflow
