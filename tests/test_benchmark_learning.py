@@ -177,6 +177,45 @@ def test_entropy_bonus_and_q(training_run, algo: str):
     assert bonus.mean() >= expected - (1.0 if algo == "crossq" else tolerance)
 
 
+@pytest.mark.parametrize("algo", ["discrete", "dqn", "qrdqn"])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1", "LunarLander-v3", "MinAtar/Breakout-v1"])
+def test_discrete_actions(training_run, algo: str, env_id: str):
+    """What the critics say of the actions that were taken, and what the entropy brings."""
+    run = training_run.Run(algo, algo, env_id, 1, 1000, 500, 500, {}, "logs")
+    model = training_run.make_model(run)
+    observations = np.stack([model.observation_space.sample() for _ in range(50)])
+    if env_id.startswith("MinAtar"):
+        assert model.policy.observation_space.shape == (4, 10, 10)
+    actions = np.array([model.action_space.sample() for _ in range(50)])
+    q = training_run.q_values(model, observations, actions)
+    greedy = training_run.q_values(model, observations, model.predict(observations, deterministic=True)[0])
+    assert q.shape == greedy.shape == (50,)
+    assert (greedy >= q - 1e-5).all()
+    assert (greedy > q).any()
+    bonus = training_run.entropy_bonus(model, observations)
+    if algo == "discrete":
+        # an untrained network's values differ by less than the temperature
+        assert 0.1 * np.log(model.action_space.n) >= bonus.max() >= bonus.min() > 0
+    else:
+        assert not bonus.any()
+        # tuned for each environment by the RL Zoo
+        assert (model.learning_rate if env_id != "LunarLander-v3" else model.lr_schedule(0.5)) in (
+            2.3e-3,
+            6.3e-4,
+            1e-4,
+            7.5e-4,
+        )
+
+
+def test_games_begin_with_their_seed_and_end(training_run):
+    env = training_run.make_minatar("MinAtar/Breakout-v1")
+    starts = {seed: env.reset(seed=seed)[0] for seed in range(4)}
+    np.testing.assert_array_equal(env.reset(seed=0)[0], starts[0])
+    assert any(not np.array_equal(starts[0], starts[seed]) for seed in range(1, 4))
+    assert env.spec.max_episode_steps == 2500
+    assert set(np.unique(starts[0])) == {0.0, 1.0}
+
+
 @pytest.fixture
 def variant(training_run):
     """Makes one of the variants, which last for the process that they are made for."""

@@ -35,7 +35,8 @@ from time_to_return import SPEED_ROWS, SPEED_TABLE, parse_threshold
 
 # torch and Stable-Baselines3 are imported by training_run.py only: this process waits beside busy cores
 
-ALGOS = ("softq", "sac", "td3", "tqc", "crossq", "original")
+# The last three are for Discrete actions
+ALGOS = ("softq", "sac", "td3", "tqc", "crossq", "original", "discrete", "dqn", "qrdqn")
 # Of the environments' first states and of the actions' noise: for results, not for decisions about settings
 EVALUATION_SEED = 10_000
 HERE = Path(__file__).parent

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -24,15 +25,17 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from learning import COLUMNS, Run, check_same_run, read_rows, write_rows
-from sb3_contrib import TQC, CrossQ
-from stable_baselines3 import SAC, TD3
+from minatar_games import MINATAR_NETWORK, make_minatar
+from sb3_contrib import QRDQN, TQC, CrossQ
+from stable_baselines3 import DQN, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.utils import LinearSchedule
 from variants import VARIANTS
 
 import sb3_softq
-from sb3_softq import SQL_2017, ParticleOptions, SoftQ
+from sb3_softq import SQL_2017, DiscreteSoftQ, ParticleOptions, SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, resume
 from sb3_softq.rollouts import Episode, roll_out
 
@@ -43,7 +46,12 @@ CLASSES: dict[str, type[OffPolicyAlgorithm]] = {
     "tqc": TQC,
     "crossq": CrossQ,
     "original": SoftQ,
+    "discrete": DiscreteSoftQ,
+    "dqn": DQN,
+    "qrdqn": QRDQN,
 }
+# Their policy has nothing random in it but the epsilon of exploration
+DETERMINISTIC = (TD3, DQN, QRDQN)
 
 # What differs from the defaults of the classes. SAC, TD3, TQC, CrossQ: RL Zoo 2.9.2, hyperparams/*.yml, "mujoco-defaults" of
 # the v4 environments (noise_std is its noise_type: normal), but for the critics of CrossQ, which has 2048 there
@@ -63,9 +71,45 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "crossq": dict(learning_starts=5_000, policy_kwargs=dict(net_arch=[256, 256])),
     # SQL (2017), see README.md
     "original": SQL_2017,
+    "discrete": {},
+    "dqn": {},
+    "qrdqn": {},
 }
+# DQN and QR-DQN of the RL Zoo, which have been tuned for each environment, hyperparams/dqn.yml and qrdqn.yml
+CARTPOLE: dict[str, Any] = dict(
+    learning_rate=2.3e-3, batch_size=64, buffer_size=100_000, learning_starts=1000, target_update_interval=10, train_freq=256,
+    gradient_steps=128, exploration_fraction=0.16, exploration_final_eps=0.04,
+)  # fmt: skip
+ACROBOT: dict[str, Any] = dict(
+    learning_rate=6.3e-4, batch_size=128, buffer_size=50_000, learning_starts=0, target_update_interval=250, train_freq=4,
+    gradient_steps=-1, exploration_fraction=0.12, exploration_final_eps=0.1,
+)  # fmt: skip
+LUNAR_LANDER: dict[str, Any] = dict(
+    learning_rate=LinearSchedule(1.5e-3, 0.0, 1.0), batch_size=128, buffer_size=100_000, learning_starts=10_000, gamma=0.995,
+    target_update_interval=1, train_freq=256, gradient_steps=-1, exploration_fraction=0.24, exploration_final_eps=0.18,
+)  # fmt: skip
+# DQN and QR-DQN of the RL Zoo on Atari's games, with ten times the random steps and a tenth of the steps between two targets:
+# games of MinAtar are ten times as short
+MINATAR: dict[str, Any] = dict(
+    learning_rate=1e-4, batch_size=32, buffer_size=100_000, learning_starts=5000, target_update_interval=1000, train_freq=4,
+    gradient_steps=1, exploration_fraction=0.1, exploration_final_eps=0.01,
+)  # fmt: skip
+
+
+def hidden(**kwargs: Any) -> dict[str, Any]:
+    return dict(policy_kwargs=dict(net_arch=[256, 256], **kwargs))
+
+
 # The RL Zoo's own exceptions
 ENV_ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("dqn", "CartPole"): CARTPOLE | hidden(),
+    ("dqn", "Acrobot"): ACROBOT | hidden(),
+    ("dqn", "LunarLander"): ACROBOT | hidden(),
+    ("dqn", "MinAtar"): MINATAR,
+    ("qrdqn", "CartPole"): CARTPOLE | hidden(n_quantiles=10),
+    ("qrdqn", "Acrobot"): ACROBOT | hidden(n_quantiles=25),
+    ("qrdqn", "LunarLander"): LUNAR_LANDER | hidden(n_quantiles=170),
+    ("qrdqn", "MinAtar"): MINATAR,
     ("sac", "Swimmer"): dict(gamma=0.999),
     ("td3", "Swimmer"): dict(gamma=0.9999),
     ("tqc", "Swimmer"): dict(gamma=0.999),
@@ -92,7 +136,7 @@ LOGGED = {
 
 def arguments(run: Run) -> dict[str, Any]:
     """Arguments of the algorithm: the benchmark's, those of this environment, and the changes of a variant."""
-    name = run.env.partition("-")[0]
+    name = re.split("[-/]", run.env)[0]
     # As large as SB3's default or the run: the same samples, smaller checkpoints
     result = {"buffer_size": min(1_000_000, run.steps), **ARGUMENTS[run.algo], **ENV_ARGUMENTS.get((run.algo, name), {})}
     if run.algo == "original" and "ent_coef" not in run.changes:
@@ -120,9 +164,15 @@ def make_variant(run: Run) -> None:
     VARIANTS[name]()
 
 
+def make_env(run: Run) -> gym.Env:
+    return make_minatar(run.env) if run.env.startswith("MinAtar/") else gym.make(run.env)
+
+
 def make_model(run: Run) -> OffPolicyAlgorithm:
     kwargs = arguments(run)
-    env = gym.make(run.env)
+    env = make_env(run)
+    if run.env.startswith("MinAtar/"):
+        kwargs["policy_kwargs"] = MINATAR_NETWORK | kwargs.get("policy_kwargs", {})
     if "noise_std" in kwargs:
         assert env.action_space.shape is not None
         kwargs["action_noise"] = NormalActionNoise(
@@ -151,15 +201,28 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 def q_values(model: OffPolicyAlgorithm, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
     """Minimum of the critics, as the targets take it; of TQC's quantiles the mean, as its actor takes it."""
-    if isinstance(model, SoftQ):
+    if isinstance(model, (SoftQ, DiscreteSoftQ)):
         return model.q_values(observations, actions)
-    assert isinstance(model, (SAC, TD3, TQC, CrossQ))
     observation_tensor, _ = model.policy.obs_to_tensor(observations)
+    if isinstance(model, (DQN, QRDQN)):
+        with th.no_grad():
+            q = (
+                model.q_net(observation_tensor)
+                if isinstance(model, DQN)
+                else model.quantile_net(observation_tensor).mean(dim=1)
+            )
+        return of_actions(q.numpy(), actions)
+    assert isinstance(model, (SAC, TD3, TQC, CrossQ))
     action_tensor = th.as_tensor(model.policy.scale_action(actions), dtype=th.float32)
     with th.no_grad():
         q = model.critic(observation_tensor, action_tensor)
         q = q.mean(dim=(1, 2)) if isinstance(model, TQC) else th.cat(q, dim=1).amin(dim=1)
     return q.numpy()
+
+
+def of_actions(values: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """Of all actions' values, shape (n, n_actions), those of the given ones."""
+    return np.take_along_axis(values, actions.reshape(-1, 1), axis=1)[:, 0]
 
 
 def entropy_bonus(model: OffPolicyAlgorithm, observations: np.ndarray) -> np.ndarray:
@@ -171,6 +234,8 @@ def entropy_bonus(model: OffPolicyAlgorithm, observations: np.ndarray) -> np.nda
         assert isinstance(model.action_space, gym.spaces.Box)
         log_scale = np.log((model.action_space.high - model.action_space.low) / 2.0).sum()
         return model.ent_coef_tensor.numpy() * (model.entropy(observations, n_particles=N_PARTICLES) - log_scale)
+    if isinstance(model, DiscreteSoftQ):
+        return model.ent_coef_tensor.numpy() * model.entropy(observations)
     if isinstance(model, (SAC, TQC, CrossQ)):
         observation_tensor, _ = model.policy.obs_to_tensor(observations)
         with th.no_grad():
@@ -185,8 +250,8 @@ def q_against_returns(model: OffPolicyAlgorithm, episodes: list[Episode]) -> tup
 
         G_t = r_t + gamma (alpha H(pi(.|s_{t+1})) + G_{t+1}),
 
-    the soft return, or the plain one for TD3. Where an episode terminates nothing follows. Where a time limit cuts it off,
-    only pairs count that are so far before it that what is missing weighs less than 1 %.
+    the soft return, or the plain one for TD3, DQN and QR-DQN. Where an episode terminates nothing follows. Where a time limit
+    cuts it off, only pairs count that are so far before it that what is missing weighs less than 1 %.
 
     :return: Means over the pairs: Q(s_t, a_t), and the bias Q(s_t, a_t) - G_t; nan if no episode is long enough
     """
@@ -213,8 +278,10 @@ def q_against_returns(model: OffPolicyAlgorithm, episodes: list[Episode]) -> tup
 def evaluate(model: OffPolicyAlgorithm, envs: list[gym.Env], seed: int) -> dict[str, float]:
     with own_randomness(seed):
         deterministic = roll_out(model, envs, deterministic=True, seed=seed)
-        # TD3's policy is deterministic: it would do the same again
-        stochastic = deterministic if isinstance(model, TD3) else roll_out(model, envs, deterministic=False, seed=seed)
+        # a deterministic policy would do the same again
+        stochastic = (
+            deterministic if isinstance(model, DETERMINISTIC) else roll_out(model, envs, deterministic=False, seed=seed)
+        )
         q, bias = q_against_returns(model, stochastic)
     result = {"q_value": q, "q_bias": bias}
     for name, episodes in (("deterministic", deterministic), ("stochastic", stochastic)):
@@ -237,7 +304,7 @@ class Evaluation(BaseCallback):
         super().__init__()
         self.run = run
         self.hours = hours
-        self.envs = [gym.make(run.env) for _ in range(N_EPISODES)]
+        self.envs = [make_env(run) for _ in range(N_EPISODES)]
         self.last_step = -1
 
     def _on_training_start(self) -> None:
@@ -276,7 +343,7 @@ def train(run: Run) -> None:
     configure(run)
     rows = read_rows(run.evaluations)
     if has_checkpoint(checkpoints):
-        model = resume(CLASSES[run.algo], checkpoints, gym.make(run.env), device="cpu")
+        model = resume(CLASSES[run.algo], checkpoints, make_env(run), device="cpu")
         print(f"resumed from step {model.num_timesteps}", flush=True)
     else:
         model = make_model(run)
@@ -305,9 +372,10 @@ def configure(run: Run) -> None:
     used = {name: value for name, value in {**defaults, **changed}.items() if name not in left_out}
     packages = ("stable_baselines3", "sb3_contrib", "torch", "gymnasium", "mujoco", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    if CLASSES[run.algo] is SoftQ:
+    if CLASSES[run.algo] in (SoftQ, DiscreteSoftQ):
         versions |= {"sb3_softq": sb3_softq.__version__, "commit": commit(), "source": source()}
-    config = json.loads(json.dumps({**run.identity, "arguments": used, "versions": versions}))
+    # schedules as text
+    config = json.loads(json.dumps({**run.identity, "arguments": used, "versions": versions}, default=repr))
     if run.config.exists():
         check_same_run(run)
         before = json.loads(run.config.read_text())
