@@ -1,19 +1,19 @@
 """
 A point mass in a maze with two equally long ways to a goal: Gymnasium-Robotics' PointMaze with a map of its own, which
-``demonstrations.py`` drives in.
+``demonstrations.py`` and ``two_routes.py`` drive in.
 """
 
-from collections import deque
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import gymnasium_robotics
 import numpy as np
+from mazes import Map, Maze
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 gym.register_envs(gymnasium_robotics)
 
-RING: list[list[int | str]] = [
+RING: Map = [
     [1, 1, 1, 1, 1, 1, 1],
     [1, 0, 0, 0, 0, 0, 1],
     [1, "r", 1, 1, 1, "g", 1],
@@ -21,47 +21,37 @@ RING: list[list[int | str]] = [
     [1, 1, 1, 1, 1, 1, 1],
 ]
 N_STEPS, REPEAT = 100, 5
+N_CELLS = len(Maze(RING).n_cells)
+# Row of the map that a route takes
+ROUTES = {"up": 1, "down": 3}
+
+
+def ring(blocked: str | None = None) -> Map:
+    """The map, or that with a wall in the middle of a route."""
+    return [
+        [1 if ROUTES.get(blocked or "") == i and j == 3 else cell for j, cell in enumerate(row)] for i, row in enumerate(RING)
+    ]
 
 
 class Ring(gym.Wrapper):
     """
     Observe place and velocity, hold each action for ``REPEAT`` steps of the simulation, and be paid minus the distance to the
     goal along the corridors, in lengths of a route. An episode goes on at the goal.
+
+    :param blocked: Route that is walled up
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blocked: str | None = None):
+        cells = ring(blocked)
         super().__init__(
-            gym.make("PointMaze_UMaze-v3", maze_map=RING, continuing_task=True, reset_target=False, max_episode_steps=None)
+            gym.make("PointMaze_UMaze-v3", maze_map=cells, continuing_task=True, reset_target=False, max_episode_steps=None)
         )
         # every episode begins in the same place: what it does then is up to the policy
         self.unwrapped.position_noise_range = 0.0  # type: ignore[attr-defined]
         assert isinstance(self.env.observation_space, gym.spaces.Dict)
         self.observation_space = self.env.observation_space["observation"]
         self.n_steps = 0
-        # cells to the goal, from each cell
-        goal = next((i, j) for i, row in enumerate(RING) for j, cell in enumerate(row) if cell == "g")
-        self.distances = {goal: 0}
-        queue = deque([goal])
-        while queue:
-            cell = queue.popleft()
-            for near in self._neighbours(cell):
-                if near not in self.distances:
-                    self.distances[near] = self.distances[cell] + 1
-                    queue.append(near)
-
-    def _neighbours(self, cell: tuple[int, int]) -> list[tuple[int, int]]:
-        around = [(cell[0] + i, cell[1] + j) for i, j in ((0, 1), (1, 0), (0, -1), (-1, 0))]
-        return [(i, j) for i, j in around if RING[i][j] != 1]
-
-    def distance(self, place: np.ndarray) -> float:
-        """To the goal, by the centre of this cell or of the next one."""
-        maze = self.unwrapped.maze  # type: ignore[attr-defined]
-        i, j = (int(x) for x in maze.cell_xy_to_rowcol(place))
-        cells = [(i, j), *self._neighbours((i, j))]
-        return min(
-            float(np.linalg.norm(place - maze.cell_rowcol_to_xy(np.array(cell)))) + self.distances.get(cell, np.inf)
-            for cell in cells
-        )
+        self.maze = Maze(cells)
 
     def reset(self, **kwargs: Any) -> Any:
         self.n_steps = 0
@@ -72,9 +62,9 @@ class Ring(gym.Wrapper):
         for _ in range(REPEAT):
             obs, _, _, _, info = self.env.step(action)
         self.n_steps += 1
-        distance = self.distance(obs["achieved_goal"])
+        distance = self.maze.distance(obs["achieved_goal"])
         info["success"] = distance < 0.5
-        return obs["observation"], -distance / len(self.distances) * 2, False, self.n_steps == N_STEPS, info
+        return obs["observation"], -distance / N_CELLS * 2, False, self.n_steps == N_STEPS, info
 
 
 class Outcome(NamedTuple):
@@ -83,6 +73,11 @@ class Outcome(NamedTuple):
     up: int
     down: int
     paths: np.ndarray
+
+    @property
+    def favourite(self) -> str:
+        """The more frequent route."""
+        return "up" if self.up >= self.down else "down"
 
 
 def roll_out(agent: BaseAlgorithm, env: Ring, n_episodes: int) -> Outcome:
@@ -106,9 +101,9 @@ def roll_out(agent: BaseAlgorithm, env: Ring, n_episodes: int) -> Outcome:
     return Outcome(taken["up"], taken["down"], np.array(paths))
 
 
-def draw_paths(axes: Any, paths: np.ndarray, colour: str) -> None:
+def draw_paths(axes: Any, paths: np.ndarray, colour: str, blocked: str | None = None) -> None:
     """The maze from above, and where episodes went."""
-    cells = np.array([[cell == 1 for cell in row] for row in RING])
+    cells = np.array([[cell == 1 for cell in row] for row in ring(blocked)])
     height, width = cells.shape
     axes.imshow(cells, cmap="Greys", vmax=2, extent=(-width / 2, width / 2, -height / 2, height / 2))
     for path in paths:

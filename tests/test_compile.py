@@ -15,6 +15,9 @@ from sb3_softq.checks import check_compiler
 from sb3_softq.data import Trajectory
 from tests.conftest import flat, small
 
+# sb3_softq.checks.check_compiler refuses them, naming the release
+pytestmark = pytest.mark.skipif(not hasattr(th._dynamo.config, "trace_autograd_ops"), reason="torch 2.13 compiles the updates")
+
 
 def make(compile, policy_kwargs=None, **kwargs):
     # eps: Adam would divide small gradients, and what was rounded in them, by their own size

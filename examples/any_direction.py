@@ -1,0 +1,265 @@
+"""
+An ant that learns to run in any direction, then goes on from there in three places: a corridor, a U-turn and a fork.
+
+    pip install -e ".[extra,benchmark]"
+    python examples/any_direction.py      # examples/results/any_direction.png, any_direction.csv
+
+This is section 5.2 of https://arxiv.org/abs/1702.08165 with its robot: one policy is trained for speed in the plane, whatever
+the direction; in which direction do 100 episodes go? Then its weights go on in a place with walls, where one way is right.
+What is finished lies in --logs, so that a second call goes on; several calls at once take different --seeds or --algos.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium.envs.mujoco import mujoco_env
+from mazes import Map, Maze
+from sb3_contrib import CrossQ
+from stable_baselines3 import SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_softq import SoftQ
+from sb3_softq.plots import new_figure
+
+OUT = Path(__file__).parent / "results" / "any_direction.png"
+# The same temperature, discount and networks for all
+SETTINGS: dict[str, Any] = dict(ent_coef=0.2, learning_starts=5000, buffer_size=300_000, device="cpu")
+ALGORITHMS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
+    "SoftQ": (SoftQ, {}),
+    "SAC": (SAC, {}),
+    "CrossQ": (CrossQ, dict(policy_kwargs=dict(net_arch=[256, 256]))),
+}
+COLOURS = {"SoftQ": "tab:blue", "SAC": "tab:orange", "CrossQ": "tab:purple", "from scratch": "0.5"}
+# One direction is as good as another at this speed, metres a second
+FASTEST = 2.0
+N_STEPS = 300
+N_SECTORS = 8
+# Places have cells of 3 metres, walls of one metre
+CELL = 3.0
+PLACES: dict[str, Map] = {
+    "corridor": [[1, 1, 1], [1, "g", 1], [1, 0, 1], [1, 0, 1], [1, "r", 1], [1, 1, 1]],
+    "U-turn": [[1, 1, 1, 1], [1, "r", 0, 1], [1, 1, 0, 1], [1, "g", 0, 1], [1, 1, 1, 1]],
+    "fork": [[1, 1, 1, 1, 1, 1, 1], [1, "g", 0, 0, 0, 0, 1], [1, 1, 1, 0, 1, 1, 1], [1, 1, 1, "r", 1, 1, 1], [1] * 7],
+}
+
+
+class Ant(gym.Wrapper):
+    """
+    Gymnasium's ant, paid for its speed in the plane, or for that towards the goal of a place, up to ``FASTEST``, and as usual
+    for staying healthy and for small actions. It sees where it is, from where it began.
+
+    :param place: One of ``PLACES``, or None for an empty plane
+    """
+
+    def __init__(self, place: str | None = None):
+        self.maze = None if place is None else Maze(PLACES[place], CELL)
+        kwargs: dict[str, Any] = dict(include_cfrc_ext_in_observation=False, exclude_current_positions_from_observation=False)
+        with tempfile.TemporaryDirectory() as folder:
+            if self.maze is not None:
+                kwargs["xml_file"] = str(with_walls(self.maze, Path(folder) / "ant.xml"))
+            super().__init__(gym.make("Ant-v5", max_episode_steps=N_STEPS, **kwargs))
+        self.distance = 0.0
+
+    def reset(self, **kwargs: Any) -> Any:
+        obs, info = self.env.reset(**kwargs)
+        self.distance = self._distance(obs[:2])
+        return obs, info
+
+    def step(self, action: Any) -> Any:
+        obs, _, terminated, truncated, info = self.env.step(action)
+        distance = self._distance(obs[:2])
+        speed = (self.distance - distance) / self.unwrapped.dt  # type: ignore[attr-defined]
+        if self.maze is None:
+            speed = float(np.hypot(info["x_velocity"], info["y_velocity"]))
+        self.distance = distance
+        info["success"] = self.maze is not None and distance < CELL / 2
+        rewards = min(speed, FASTEST) + info["reward_survive"] + info["reward_ctrl"] + info["reward_contact"]
+        return obs, float(rewards), terminated, truncated, info
+
+    def _distance(self, place: np.ndarray) -> float:
+        return 0.0 if self.maze is None else self.maze.distance(place + self.maze.centre(self.maze.start))
+
+
+def with_walls(maze: Maze, path: Path) -> Path:
+    """Gymnasium's model of the ant, with the walls of a maze around where it begins."""
+    tree = ElementTree.parse(Path(mujoco_env.__file__).parent / "assets" / "ant.xml")
+    body = tree.find("worldbody")
+    assert body is not None
+    for cell in maze.walls:
+        x, y = maze.centre(cell) - maze.centre(maze.start)
+        geom = dict(type="box", pos=f"{x} {y} 0.5", size=f"{CELL / 2} {CELL / 2} 0.5", rgba="0.6 0.6 0.6 1", conaffinity="1")
+        ElementTree.SubElement(body, "geom", geom)
+    tree.write(path)
+    return path
+
+
+def roll_out(agent: BaseAlgorithm, env: Ant, n_episodes: int) -> tuple[np.ndarray, float]:
+    """
+    Stochastic episodes.
+
+    :return: Their paths, shape (n_episodes, N_STEPS + 1, 2), where one that ended stays where it is; share that had success
+    """
+    paths = np.zeros((n_episodes, N_STEPS + 1, 2))
+    n_successes = 0
+    for i in range(n_episodes):
+        obs, _ = env.reset(seed=10_000 + i)
+        start, success = obs[:2].copy(), False
+        for step in range(N_STEPS):
+            obs, _, terminated, _, info = env.step(agent.predict(obs, deterministic=False)[0])
+            paths[i, step + 1 :] = obs[:2] - start
+            success = success or info["success"]
+            if terminated:
+                break
+        n_successes += success
+    return paths, n_successes / n_episodes
+
+
+def sectors(paths: np.ndarray) -> np.ndarray:
+    """How many episodes end in each of the sectors around the start, of those that go further than two metres."""
+    ends = paths[:, -1]
+    ends = ends[np.linalg.norm(ends, axis=1) > 2.0]
+    angle = np.arctan2(ends[:, 1], ends[:, 0])
+    return np.bincount(np.round(angle / (2 * np.pi / N_SECTORS)).astype(int) % N_SECTORS, minlength=N_SECTORS)
+
+
+def entropy(counts: np.ndarray) -> float:
+    """In nats; log(8) = 2.08 where every sector is as frequent as the others."""
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    return float(abs((shares * np.log(shares)).sum()))
+
+
+class UntilSuccess(BaseCallback):
+    """
+    Ask the policy every so many steps, and end training when it reaches the goal in 80 % of 20 stochastic episodes.
+
+    :param place: Where
+    :param every: Number of steps
+    """
+
+    def __init__(self, place: str, every: int):
+        super().__init__()
+        self.env, self.every = Ant(place), every
+        self.shares: list[tuple[int, float]] = []
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps % self.every == 0:
+            # what is asked takes nothing from the random numbers of training
+            with th.random.fork_rng([]):
+                self.shares.append((self.num_timesteps, roll_out(self.model, self.env, 20)[1]))
+        return not self.shares or self.shares[-1][1] < 0.8
+
+
+def pre_train(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One agent in the empty plane: it is saved, with where its episodes go."""
+    cls, kwargs = ALGORITHMS[name]
+    agent = cls("MlpPolicy", Ant(), seed=seed, **SETTINGS | kwargs | compiled(name, args)).learn(args.steps)
+    agent.save(args.logs / f"{name}_{seed}.zip")
+    paths, _ = roll_out(agent, Ant(), args.episodes)
+    return dict(sectors=sectors(paths).tolist(), paths=np.round(paths[:, ::5], 2).tolist())
+
+
+def fine_tune(name: str, seed: int, place: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Steps until 80 % of the episodes reach the end of a place; None if it takes longer than ``args.more_steps``."""
+    cls, kwargs = ALGORITHMS.get(name, ALGORITHMS["SoftQ"])
+    settings = SETTINGS | kwargs | compiled(name, args)
+    if name == "from scratch":
+        agent = cls("MlpPolicy", Ant(place), seed=seed, **settings)
+    else:
+        # what it knows is in its weights: the data, and the random steps, begin anew
+        agent = cls.load(args.logs / f"{name}_{seed}.zip", Ant(place), seed=seed, device="cpu", learning_starts=1000)
+    callback = UntilSuccess(place, args.eval_freq)
+    agent.learn(args.more_steps, callback)
+    reached = [step for step, share in callback.shares if share >= 0.8]
+    return dict(steps=reached[0] if reached else None, shares=callback.shares)
+
+
+def compiled(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    return dict(compile=True) if args.compile and name not in ("SAC", "CrossQ") else {}
+
+
+def cell(path: Path, compute: Any) -> dict[str, Any]:
+    """A result that is in a file, or is computed and put there."""
+    if not path.exists():
+        result = compute()
+        path.with_suffix(".part").write_text(json.dumps(result))
+        path.with_suffix(".part").replace(path)
+    result = json.loads(path.read_text())
+    print(path.stem, {key: value for key, value in result.items() if key != "paths"}, flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algos", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    parser.add_argument("--places", nargs="*", choices=list(PLACES), default=list(PLACES))
+    parser.add_argument("--steps", type=int, default=150_000, help="of pre-training")
+    parser.add_argument("--more-steps", type=int, default=50_000, help="of fine-tuning, at most")
+    parser.add_argument("--eval-freq", type=int, default=2500, help="in fine-tuning")
+    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers but for rounding")
+    parser.add_argument("--logs", type=Path, default=Path("logs/any_direction"), help="agents and results, one file each")
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
+    args = parser.parse_args()
+    th.set_num_threads(1)
+    args.logs.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    runs = list(itertools.product(args.seeds, args.algos))
+    before = {
+        (name, seed): cell(args.logs / f"{name}_{seed}.json", lambda name=name, seed=seed: pre_train(name, seed, args))
+        for seed, name in runs
+    }
+    after = {}
+    for place, seed, name in itertools.product(args.places, args.seeds, [*args.algos, "from scratch"]):
+        path = args.logs / f"{name.replace(' ', '_')}_{seed}_{place}.json"
+        after[name, seed, place] = cell(path, lambda n=name, s=seed, p=place: fine_tune(n, s, p, args))
+    with args.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["agent", "seed", "entropy", *(f"sector_{i}" for i in range(N_SECTORS)), *args.places])
+        for name, seed in [(name, seed) for name in [*args.algos, "from scratch"] for seed in args.seeds]:
+            counts = before.get((name, seed), {}).get("sectors", [])
+            steps = [after[name, seed, place]["steps"] for place in args.places]
+            directions = [f"{entropy(np.array(counts)):.2f}", *counts] if counts else [""] * (1 + N_SECTORS)
+            writer.writerow([name, seed, *directions, *(args.more_steps + 1 if x is None else x for x in steps)])
+    draw(before, after, args)
+    print(args.out)
+
+
+def draw(before: dict[Any, Any], after: dict[Any, Any], args: argparse.Namespace) -> None:
+    """Above, of each algorithm the paths of the first seed; below, the steps that each place takes, a point for each seed."""
+    names = [*args.algos, "from scratch"]
+    n_columns = max(len(args.algos), len(args.places), 1)
+    figure, axes = new_figure(3.4 * n_columns, 6.6, n_columns, 2)
+    axes = np.reshape(axes, (2, n_columns))
+    for ax, name in zip(axes[0], args.algos, strict=False):
+        seed = args.seeds[0]
+        for path in np.array(before[name, seed]["paths"]):
+            ax.plot(*path.T, color=COLOURS[name], alpha=0.4, linewidth=0.8)
+        limit = FASTEST * N_STEPS * 0.05
+        ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="x, m", ylabel="y, m")
+        entropies = [entropy(np.array(before[name, s]["sectors"])) for s in args.seeds]
+        ax.set_title(f"{name}: entropy {', '.join(f'{x:.2f}' for x in entropies)}", fontsize=10)
+    for ax, place in zip(axes[1], args.places, strict=False):
+        for name, seed in itertools.product(names, args.seeds):
+            steps = after[name, seed, place]["steps"]
+            ax.plot(names.index(name), steps or args.more_steps, "o" if steps else "^", color=COLOURS[name], alpha=0.7)
+        ax.set_xticks(range(len(names)), names, fontsize=8)
+        ax.set(title=f"{place}: steps to 80 %", ylim=(0, 1.05 * args.more_steps))
+    figure.tight_layout()
+    figure.savefig(args.out)
+
+
+if __name__ == "__main__":
+    main()
