@@ -15,6 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.policies import BasePolicy
 
 from sb3_softq import SoftQ
 from sb3_softq.actor import SamplingActor
@@ -23,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 FPS, SECONDS, SIZE = 25, 6, 240
 
 
-def film(actor: SamplingActor, env: gym.Env, seed: int) -> list[Any]:
+def film(actor: BasePolicy, env: gym.Env, seed: int) -> list[Any]:
     """
     :param actor: Who acts
     :param env: Environment that renders
@@ -50,8 +51,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=10_001, help="seed of the first episode (default: %(default)s)")
     args = parser.parse_args()
     if args.model:
-        SoftQ.load(args.model, device="cpu").ema_actor.save(str(args.actor))
-    actor = SamplingActor.load(str(args.actor), device="cpu")
+        agent = SoftQ.load(args.model, device="cpu")
+        agent.ema_actor.save(str(args.actor))
+    # an actor alone has no critics that would choose one of its actions
+    actor = agent.policy if args.model else SamplingActor.load(str(args.actor), device="cpu")
 
     warnings.filterwarnings("ignore", message=".*is out of date|.*not wrapped with a ``Monitor``")
     env = gym.make("Walker2d-v4", render_mode="rgb_array", camera_name="track", width=SIZE, height=SIZE)

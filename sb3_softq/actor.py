@@ -320,11 +320,20 @@ class SamplingActor(Freezable, BasePolicy):
             return mean
         return mean + th.exp(log_std) * th.randn_like(mean)
 
+    def fixed_particles(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Particles of noise that is the same for every observation: the candidates of the deterministic action.
+
+        :param obs: Observations
+        :return: Pre-tanh actions, shape (batch_size, n, action_dim)
+        """
+        return self.particles(self.features(obs), self.xi_bank.unsqueeze(0))[0]
+
     def mode(self, obs: PyTorchObs) -> th.Tensor:
         """
-        Deterministic action: the particle of no noise of the expert that weighs most, moved by mean-shift over a fixed bank of
-        particles. Close to the mean where there is one mode, and to one of the modes where there are several. Among the
-        candidates of ``examples/benchmark/deterministic.py`` it was nowhere far from the best.
+        A mode of the density, which no critic is asked for: the particle of no noise of the expert that weighs most, moved by
+        mean-shift over the fixed particles. Close to the mean where there is one mode, and to one of the modes where there
+        are several.
 
         :param obs: Observations
         :return: Pre-tanh actions, shape (batch_size, action_dim)

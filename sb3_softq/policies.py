@@ -205,8 +205,7 @@ class SoftQPolicy(BasePolicy):
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
-        Actions in the normalised box. With gradients those of the actor, so that it can be trained by any loss; without, those
-        that :meth:`predict` answers.
+        Actions in the normalised box: with gradients those of the actor, for any loss; without, those of :meth:`predict`.
 
         :param obs: Observations
         :param deterministic: Whether to return the deterministic action
@@ -218,18 +217,23 @@ class SoftQPolicy(BasePolicy):
         return self._predict(obs, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.ema_actor(observation, deterministic)
+        """A sample; or argmax Q, the mode of exp(Q / alpha) / Z, over fixed particles, as for Discrete actions."""
+        if not deterministic or self.n_averaged in (0.0, MATURE):
+            # critics that have not taught the actor know nothing of its actions
+            return self.ema_actor(observation, deterministic)
+        actions = th.tanh(self.ema_actor.fixed_particles(observation))
+        q_values = self.critic.q_values(self.critic.features(observation), actions).amin(dim=0)
+        best = q_values.argmax(dim=1)[:, None, None].expand(-1, 1, actions.shape[2])
+        return actions.gather(1, best).squeeze(1)
 
     def set_training_mode(self, mode: bool) -> None:
         """
-        Put the policy in either training or evaluation mode, in which all that trains or asks it finds it. The EMA actor
-        and the target networks stay in evaluation mode.
+        Put the policy in training or evaluation mode. The EMA actor and the target networks stay in evaluation mode.
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
         self.sync_ema_actor()
-        if self.training is not mode:
-            self.training = mode
+        self.training = mode
         for network in (self.actor, self.critic):
             # a walk through all modules takes longer than an action does
             if network.training is not mode:
@@ -237,8 +241,7 @@ class SoftQPolicy(BasePolicy):
 
     def build_target(self) -> None:
         """
-        Make ``critic_target``, target networks that are a copy of the critics, where they are needed: critics with batch
-        normalisation can be their own target. They never share a features extractor.
+        Make ``critic_target``, target networks that are a copy of the critics and never share a features extractor.
         """
         target = self.make_critic()
         target.load_state_dict(self.critic.state_dict())
@@ -367,9 +370,7 @@ MlpPolicy = SoftQPolicy
 
 
 class CnnPolicy(SoftQPolicy):
-    """
-    SoftQ's policy for images: :class:`SoftQPolicy` with ``NatureCNN`` as its default features extractor.
-    """
+    """:class:`SoftQPolicy` for images, with ``NatureCNN`` as its default features extractor."""
 
     def __init__(
         self,
@@ -384,9 +385,7 @@ class CnnPolicy(SoftQPolicy):
 
 
 class MultiInputPolicy(SoftQPolicy):
-    """
-    SoftQ's policy for Dict observations: :class:`SoftQPolicy` with ``CombinedExtractor`` as its default features extractor.
-    """
+    """:class:`SoftQPolicy` for Dict observations, with ``CombinedExtractor`` as its default features extractor."""
 
     def __init__(
         self,

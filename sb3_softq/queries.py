@@ -109,8 +109,8 @@ class Queries:
         self, obs: Observations, min_share: float = 0.01, n_particles: int = N_QUERY_PARTICLES
     ) -> tuple[np.ndarray, np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:
         """
-        The ways of acting that the policy has: modes of its density over pre-tanh actions, from which the deterministic action
-        comes too, and how often it acts in each (:func:`sb3_softq.modes.mixture_modes`).
+        The ways of acting that the policy has: modes of its density over pre-tanh actions, and how often it acts in
+        each (:func:`sb3_softq.modes.mixture_modes`).
 
         :param obs: One observation or a batch
         :param min_share: Modes with a smaller share are left out, from 0 to 1

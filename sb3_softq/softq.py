@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
-from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, update_learning_rate
 
 from sb3_softq.actor import TEACHING_FLOOR, SamplingActor, entropy_bounds
 from sb3_softq.annealing import Annealing
@@ -50,7 +50,8 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
     :param n_actor_particles: Number of particles per state in an actor update
     :param compile: Whether the updates are compiled with ``torch.compile``, which takes some seconds at their first call,
         a C++ compiler and a release of torch that traces gradients (2.13 does)
-    :param learning_rate: learning rate of critics and actor, float or function of the progress remaining (from 1 to 0)
+    :param learning_rate: learning rate of critics and actor, float or function of the progress remaining (from 1 to 0); by
+        default it falls linearly from 1e-3 to 1e-4 over the steps that ``learn`` is told
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update, at least 2 with batch normalisation
@@ -108,7 +109,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         self,
         policy: str | type[SoftQPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 1e-3,
+        learning_rate: float | Schedule = LinearSchedule(1e-3, 1e-4, 1.0),
         buffer_size: int = 1_000_000,  # 1e6
         learning_starts: int = 100,
         batch_size: int = 256,

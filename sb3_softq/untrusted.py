@@ -15,7 +15,8 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import open_path
-from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import Schedule, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -131,12 +132,27 @@ def objects_without_unpickling(
         elif name in rebuilt:
             fields = rebuilt[name].__dataclass_fields__  # type: ignore[attr-defined]
             found[name] = rebuilt[name](**{key: value for key, value in entry.items() if key in fields})
+        elif (schedule := _schedule(entry)) is not None:
+            found[name] = schedule
         else:
             raise ValueError(
                 f"{name} is pickled in {path}, and is not read from a file without trust: it must come from the caller, as "
                 f"{'env or ' if name.endswith('_space') else ''}custom_objects={{{name!r}: ...}}"
             )
     return found
+
+
+def _schedule(entry: Mapping[str, Any]) -> Schedule | None:
+    """One of Stable-Baselines3's, whose numbers are in the JSON."""
+    classes: dict[str, tuple[Callable[..., Schedule], list[str]]] = {
+        str(ConstantSchedule): (ConstantSchedule, ["val"]),
+        str(LinearSchedule): (LinearSchedule, ["start", "end", "end_fraction"]),
+    }
+    schedule, names = classes.get(str(entry.get(":type:")), (None, []))
+    numbers = [entry.get(name) for name in names]
+    if schedule is None or not all(isinstance(number, float | int) for number in numbers):
+        return None
+    return schedule(*numbers)
 
 
 def _policy_class(cls: type[BaseAlgorithm], entry: dict[str, Any]) -> type:

@@ -64,10 +64,11 @@ def test_against_a_grid(pairs):
     assume(len(modes_on_a_grid(mean, std, 0.45)) == len(modes_on_a_grid(mean, std, 0.55)))
     modes, shares = mixture_modes(th.as_tensor(mean)[:, None], th.as_tensor(np.log(std))[:, None])
     found = np.array(sorted(modes[:, 0].tolist()))
-    assert found == pytest.approx(np.array(expected), abs=0.3)
-    # flat peaks are as good
     height, highest = (norm.pdf(x[:, None], mean, std).mean(axis=1) for x in (found, np.array(expected)))
     assert height == pytest.approx(highest, rel=0.01)
+    # where they are as high, one peak is as good as another
+    peaks = np.array(modes_on_a_grid(mean, std, 1.0))
+    assert (np.abs(found[:, None] - peaks).min(axis=1) < 0.3).all()
     assert float(shares.sum()) == pytest.approx(1.0)
     assert (shares.diff() <= 0).all()
 

@@ -460,3 +460,46 @@ def test_training_mode_is_for_training_only():
     np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
     assert not model.actor.training
     assert th.equal(model.actor.features_extractor[1].running_mean, before)
+
+
+def greedy(model, obs):
+    """The action of most Q of the fixed particles, and whether ``predict`` takes it."""
+    policy = model.policy
+    with th.no_grad():
+        candidates = th.tanh(model.ema_actor.fixed_particles(th.as_tensor(obs)))
+    q_values = np.stack([model.q_values(obs, policy.unscale_action(candidates[:, i].numpy())) for i in range(32)], axis=1)
+    best = candidates.numpy()[np.arange(len(obs)), q_values.argmax(axis=1)]
+    return np.allclose(model.predict(obs, deterministic=True)[0], policy.unscale_action(best), atol=1e-6)
+
+
+def mode(model, obs):
+    """Whether ``predict`` takes a mode of the density."""
+    model.policy.sync_ema_actor()
+    with th.no_grad():
+        action = th.tanh(model.ema_actor.mode(th.as_tensor(obs))).numpy()
+    return np.allclose(model.predict(obs, deterministic=True)[0], model.policy.unscale_action(action), atol=1e-6)
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(policy_kwargs=dict(n_experts=1, n_bins=1, batch_norm=False), tau=0.1)])
+def test_deterministic_actions_are_those_of_most_q(tmp_path, kwargs):
+    """As soon as the critics have taught the actor; until then, and where somebody else has, a mode of the density."""
+    obs = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    model = small(**kwargs)
+    assert mode(model, obs)
+    model.learn(40)
+    assert greedy(model, obs)
+    assert not mode(model, obs)
+    model.save(tmp_path / "model")
+    loaded = SoftQ.load(tmp_path / "model")
+    assert greedy(loaded, obs)
+    # imitation: what was demonstrated, whatever the critics say
+    optimizer = th.optim.Adam(model.actor.parameters(), lr=1e-2)
+    for _ in range(3):
+        loss = (model.policy(th.as_tensor(obs), deterministic=True) - 0.5).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert mode(model, obs)
+    assert not greedy(model, obs)
+    model.learn(40, reset_num_timesteps=False)
+    assert greedy(model, obs)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from torch import nn
 
 from sb3_softq import DiscreteSoftQ, SoftQ
@@ -89,6 +90,37 @@ def test_schedules_come_from_learning_rates(tmp_path):
     small(env=pendulum(), **rates).learn(60).save(tmp_path / "model.zip")
     loaded = SoftQ.load(tmp_path / "model.zip", env=pendulum(), trusted=False)
     assert (loaded.actor_lr_schedule(0.5), loaded.ent_coef_lr_schedule(0.5)) == (2e-3, 3e-3)
+
+
+def test_schedules_of_stable_baselines3_are_read_from_their_numbers(tmp_path):
+    schedules = dict(learning_rate=LinearSchedule(3e-3, 1e-3, 0.5), ent_coef=ConstantSchedule(0.2))
+    small(env=pendulum(), **schedules).save(tmp_path / "model.zip")
+    loaded = SoftQ.load(tmp_path / "model.zip", env=pendulum(), trusted=False)
+    assert [loaded.lr_schedule(progress) for progress in (1.0, 0.75, 0.0)] == pytest.approx([3e-3, 2e-3, 1e-3])
+    assert loaded.ent_coef(0.5) == 0.2
+
+
+@pytest.mark.parametrize("value", ["a", None, [1e-3], {}, float("nan"), -1.0])
+def test_schedules_have_numbers(tmp_path, value):
+    path = tmp_path / "model.zip"
+    small(env=pendulum()).save(path)
+
+    def change(name, content):
+        return (
+            content
+            if name != "data"
+            else json.dumps((data := json.loads(content)) | {"learning_rate": data["learning_rate"] | {"end": value}})
+        )
+
+    rewrite(path, change)
+    with pytest.raises(ValueError, match="learning_rate"):
+        SoftQ.load(path, env=pendulum(), trusted=False)
+
+
+def test_a_schedule_of_a_strangers_class_is_refused(tmp_path):
+    small(env=pendulum(), learning_rate=lambda progress: 1e-3 * progress).save(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match="learning_rate is pickled"):
+        SoftQ.load(tmp_path / "model.zip", env=pendulum(), trusted=False)
 
 
 def test_what_a_stranger_pickled_does_not_run(saved, tmp_path):

@@ -79,7 +79,7 @@ def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
 
 CANDIDATES: dict[str, Candidate] = {
     "a sample": lambda model, obs: model.ema_actor.sample(obs)[:, 0],
-    "zero noise, mean-shift": lambda model, obs: model.ema_actor.mode(obs),
+    "mode of the density": lambda model, obs: model.ema_actor.mode(obs),
     "the same, of the trained actor": lambda model, obs: model.actor.mode(obs),
     "the same, five steps": lambda model, obs: mixture_mode(zero_noise(model, obs), *bank(model, obs), n_steps=5),
     "densest of 32, mean-shift": densest,
