@@ -1,4 +1,4 @@
-"""Logged data: trajectories of demonstrations, or of another agent, from arrays or from Minari, and replay buffers of them."""
+"""Logged data: trajectories of demonstrations, or of another agent, from arrays, Minari or a replay buffer, and back."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -7,6 +7,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import maybe_transpose
 
 if TYPE_CHECKING:
@@ -48,6 +49,44 @@ def from_minari(dataset: "str | MinariDataset") -> Iterator[Trajectory]:
     opened = minari.load_dataset(dataset) if isinstance(dataset, str) else dataset
     for episode in opened.iterate_episodes():
         yield Trajectory(episode.observations, episode.actions, episode.rewards, bool(episode.terminations[-1]))
+
+
+def from_agent(agent: OffPolicyAlgorithm) -> Iterator[Trajectory]:
+    """
+    What an agent's replay buffer holds, of any algorithm of Stable-Baselines3, as data for another agent.
+
+    :param agent: Agent with its replay buffer (``load_replay_buffer``)
+    :return: Its episodes, those of each environment together; the first and the last may be parts
+    :raises ValueError: if it has no replay buffer, or an empty one
+    """
+    buffer = agent.replay_buffer
+    if buffer is None or buffer.size() == 0:
+        raise ValueError(f"agent={agent!r} has nothing in its replay buffer: load_replay_buffer(...) comes first")
+    rows = (np.arange(buffer.size()) + buffer.pos * buffer.full) % buffer.buffer_size
+    # the next observation of the newest transition lies where the oldest one was
+    rows = rows[int(buffer.optimize_memory_usage and buffer.full) :]
+    for env in range(buffer.n_envs):
+        ends = np.flatnonzero(buffer.dones[rows, env]) + 1
+        for part in np.split(rows, ends):
+            if len(part) > 0:
+                last = part[-1]
+                actions = buffer.actions[part, env].reshape(len(part), *(agent.action_space.shape or ()))
+                if agent.policy.squash_output:
+                    actions = agent.policy.unscale_action(actions)
+                terminated = bool(buffer.dones[last, env] and not buffer.timeouts[last, env])
+                yield Trajectory(_observations(buffer, part, env), actions, buffer.rewards[part, env], terminated)
+
+
+def _observations(buffer: ReplayBuffer, part: np.ndarray, env: int) -> np.ndarray | dict[str, np.ndarray]:
+    """Of consecutive rows, and the one after the last."""
+    if isinstance(buffer, DictReplayBuffer):
+        return {
+            key: np.concatenate([values[part, env], buffer.next_observations[key][part[-1:], env]])
+            for key, values in buffer.observations.items()
+        }
+    if buffer.optimize_memory_usage:
+        return buffer.observations[[*part, (part[-1] + 1) % buffer.buffer_size], env]
+    return np.concatenate([buffer.observations[part, env], buffer.next_observations[part[-1:], env]])
 
 
 def replay_buffer_of(

@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softq import DiscreteSoftQ, SoftQ
-from sb3_softq.data import Trajectory, from_minari
+from sb3_softq.data import Trajectory, from_agent, from_minari
 from tests.conftest import RandomEnv, assert_same, flat, small
 
 minari = pytest.importorskip("minari")
@@ -309,3 +309,90 @@ def test_minari(tmp_path, monkeypatch, algorithm, policy, make_env):
     model.pretrain(3)
     with pytest.raises(FileNotFoundError):
         list(from_minari("test/none-v0"))
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("buffer_size", [300, 60])
+@pytest.mark.parametrize(
+    "kwargs", [{}, dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False))]
+)
+def test_data_of_an_agent(n_envs, buffer_size, kwargs):
+    """Each transition that is there, whole or with its oldest ones overwritten, as the environment gave it."""
+
+    class Recorded(RandomEnv):
+        """Ends by itself after 7 steps, or by the limit of 5 in every other episode."""
+
+        log: list = []  # noqa: RUF012
+
+        def __init__(self, i):
+            super().__init__(ACTIONS)
+            self.i, self.n, self.episode = i, 0, 0
+
+        def reset(self, **kw):
+            self.n, self.episode = 0, self.episode + 1
+            self.obs, info = super().reset(**kw)
+            return self.obs, info
+
+        def step(self, action):
+            before = self.obs
+            self.obs, reward, _, _, info = super().step(action)
+            self.n += 1
+            terminated, truncated = self.n == 7, self.n == 5 and self.episode % 2 == 0
+            self.log.append((self.i, before, action.copy(), reward, self.obs, terminated))
+            return self.obs, reward, terminated, truncated, info
+
+    Recorded.log = []
+    env = DummyVecEnv([lambda i=i: Recorded(i) for i in range(n_envs)])
+    model = small(env=env, buffer_size=buffer_size, **kwargs).learn(120)
+    handles_limits = not kwargs
+    found = []
+    for trajectory in from_agent(model):
+        n = len(trajectory.rewards)
+        assert n <= 7
+        for k in range(n):
+            found.append(
+                (trajectory.observations[k], trajectory.actions[k], trajectory.rewards[k], trajectory.observations[k + 1],
+                 trajectory.terminated and k == n - 1)
+            )  # fmt: skip
+    # of each environment the newest ones
+    n_rows = min(120, buffer_size) // n_envs - int(bool(kwargs) and buffer_size < 120)
+    expected = [row[1:] for i in range(n_envs) for row in [row for row in Recorded.log if row[0] == i][-n_rows:]]
+    assert len(found) == len(expected)
+    for got, (before, action, reward, after, terminated) in zip(found, expected, strict=True):
+        assert got[0] == pytest.approx(before)
+        assert got[1] == pytest.approx(action, abs=1e-5)
+        assert got[2] == pytest.approx(reward)
+        if handles_limits:
+            assert got[3] == pytest.approx(after)
+            assert got[4] == terminated
+    other = small(env=RandomEnv(ACTIONS)).set_data(from_agent(model)).pretrain(3)
+    assert other.logged_data.size() == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "env"),
+    [
+        (SoftQ, "MultiInputPolicy", SimpleMultiObsEnv(discrete_actions=False)),
+        (DiscreteSoftQ, "MultiInputPolicy", SimpleMultiObsEnv()),
+        (DiscreteSoftQ, "MlpPolicy", "CartPole-v1"),
+    ],
+)
+def test_data_of_an_agent_and_back(algorithm, policy, env):
+    """The replay buffer made of them holds what the agent's does."""
+    model = small(algorithm, policy, env=env).learn(60)
+    other = small(algorithm, policy, env=env).set_data(from_agent(model))
+    buffer, again = model.replay_buffer, other.logged_data
+    assert again.size() == 60
+    for name in ("actions", "rewards", "observations", "next_observations"):
+        assert_same(getattr(again, name), sliced(getattr(buffer, name), 60))
+    # where the buffer ends the new one is cut off
+    assert_same(again.dones[:-1] * (1 - again.timeouts[:-1]), (buffer.dones * (1 - buffer.timeouts))[:59])
+
+
+def sliced(values, n):
+    return {key: value[:n] for key, value in values.items()} if isinstance(values, dict) else values[:n]
+
+
+def test_agents_without_data_are_refused():
+    with pytest.raises(ValueError, match="load_replay_buffer"):
+        next(from_agent(small()))

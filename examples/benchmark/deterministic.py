@@ -4,7 +4,7 @@ Which function of the observation should be the deterministic action? Candidates
     python examples/benchmark/deterministic.py logs/a/HalfCheetah-v4.zip logs/a/Hopper-v4.zip logs/a/Walker2d-v4.zip
 
 Each zip is a SoftQ agent saved by ``model.save``; its environment is the name of the file. Writes
-``examples/benchmark/results/deterministic.csv`` and prints the table.
+``examples/benchmark/results/deterministic.csv`` and prints the table. ``predict`` takes the particle of most Q.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import torch as th
 from bandits import SHORT_TRAINING, Bandit
 
 from sb3_softq import SoftQ
-from sb3_softq.soft_value import mixture_log_prob, mixture_mode
 
 Candidate = Callable[[SoftQ, th.Tensor], th.Tensor]
 
@@ -50,12 +49,6 @@ def zero_noise(model: SoftQ, obs: th.Tensor) -> th.Tensor:
     return particles.mean[:, particles.log_weights[0, : model.ema_actor.n_experts].argmax()]
 
 
-def densest(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    particles = bank(model, obs)
-    start = particles.mean[:, mixture_log_prob(particles.mean, *particles).argmax()]
-    return mixture_mode(start, *particles)
-
-
 def weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
     mean, _, log_weights = bank(model, obs)
     return (log_weights.exp().unsqueeze(2) * mean).sum(dim=1)
@@ -66,9 +59,16 @@ def medoid(model: SoftQ, obs: th.Tensor) -> th.Tensor:
     return means[:, (th.cdist(means, means) * log_weights.exp().unsqueeze(1)).sum(dim=2).argmin()]
 
 
-def best_by_q(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    means = bank(model, obs).mean
-    return means[:, q_values(model, obs, means).argmax()]
+def most_q(model: SoftQ, obs: th.Tensor, u: th.Tensor) -> th.Tensor:
+    return u[:, q_values(model, obs, u).argmax()]
+
+
+def particles_of_both(model: SoftQ, obs: th.Tensor) -> th.Tensor:
+    return most_q(model, obs, th.cat([bank(model, obs).mean, bank(model, obs, trained=True).mean], dim=1))
+
+
+def modes_of_both(model: SoftQ, obs: th.Tensor) -> th.Tensor:
+    return most_q(model, obs, th.stack([model.ema_actor.mode(obs), model.actor.mode(obs)], dim=1))
 
 
 def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
@@ -79,14 +79,14 @@ def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
 
 CANDIDATES: dict[str, Candidate] = {
     "a sample": lambda model, obs: model.ema_actor.sample(obs)[:, 0],
+    "particle of most Q": lambda model, obs: most_q(model, obs, bank(model, obs).mean),
+    "the same, of both actors": particles_of_both,
     "mode of the density": lambda model, obs: model.ema_actor.mode(obs),
     "the same, of the trained actor": lambda model, obs: model.actor.mode(obs),
-    "the same, five steps": lambda model, obs: mixture_mode(zero_noise(model, obs), *bank(model, obs), n_steps=5),
-    "densest of 32, mean-shift": densest,
+    "the one of these two of most Q": modes_of_both,
     "mean particle": weighted_mean,
     "medoid": medoid,
     "zero noise": zero_noise,
-    "best of 32 by Q": best_by_q,
     "Q-weighted mean": q_weighted_mean,
 }
 
@@ -133,7 +133,7 @@ def main() -> None:
             mean, error = evaluate(model, env, candidate, args.episodes)
             rows.append({"action": name, "task": task, "return": round(mean, 2), "standard_error": round(error, 2)})
         print(
-            f"{name:20s}",
+            f"{name:32s}",
             *(f"{row['task']} {row['return']:.1f} +- {row['standard_error']:.1f}" for row in rows[-len(tasks) :]),
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
