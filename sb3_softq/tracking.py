@@ -3,6 +3,7 @@ What experiment trackers show of an agent, through the logger of Stable-Baseline
 at fixed states, a video; and a writer for MLflow. Weights & Biases takes all of it from TensorBoard (``sync_tensorboard``).
 """
 
+import copy
 import inspect
 import io
 import tempfile
@@ -96,7 +97,8 @@ class PolicyCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         if self.states is None:
-            self.states = self.model._last_obs
+            # a copy: environments may write into what they gave
+            self.states = copy.deepcopy(self.model._last_obs)
         self._next = self.num_timesteps + self.freq
 
     def _on_step(self) -> bool:

@@ -188,6 +188,45 @@ def test_fine_tuning(tmp_path):
     assert image.imread(tmp_path / "figure.png").std() > 0.01
 
 
+def test_any_direction(tmp_path):
+    """Twice: what is finished is not done again."""
+    steps = ("--steps", 120, "--more-steps", 60, "--eval-freq", 50, "--episodes", 2, "--seeds", 0, 1)
+    arguments = ("any_direction.py", "--algos", "SoftQ", "SAC", "--places", "fork", *steps, "--logs", tmp_path / "logs")
+    first = example(*arguments, "--out", tmp_path / "figure.png")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()}
+    # agents and results of pre-training, and results in the place, from scratch too
+    assert len(files) == 2 * 2 * 2 + 2 * 3
+    assert example(*arguments, "--out", tmp_path / "figure.png") == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()} == files
+    rows = [row.split(",") for row in (tmp_path / "figure.csv").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["agent", *["SoftQ"] * 2, *["SAC"] * 2, *["from scratch"] * 2]
+    assert rows[0][-1] == "fork"
+    # not reached within so few steps
+    assert {row[-1] for row in rows[1:]} == {"61"}
+    assert image.imread(tmp_path / "figure.png").std() > 0.01
+
+
+def test_two_routes(tmp_path):
+    steps = ("--steps", 120, "--more", 60, "--episodes", 2, "--seeds", 0)
+    output = example("two_routes.py", *steps, "--out", tmp_path / "figure.png")
+    assert output.count("blocked: ") == 3
+    rows = [row.split(",") for row in (tmp_path / "figure.csv").read_text().splitlines()]
+    assert [row[1] for row in rows] == ["algo", "SoftQ", "SAC", "CrossQ"]
+    assert image.imread(tmp_path / "figure.png").std() > 0.01
+
+
+def test_logged_data(tmp_path):
+    task = ("--env", "Pendulum-v1", "--enough", -1100, "--steps", 3000, "--updates", 200, "--eval-freq", 250)
+    output = example("logged_data.py", *task, "--seeds", 0, "--out", tmp_path / "figure.png")
+    assert output.count("seed 0, ") == 2
+    rows = [row.split(",") for row in (tmp_path / "figure.csv").read_text().splitlines()]
+    last = {row[0]: float(row[-1]) for row in rows[1:]}
+    assert set(last) == {"from scratch", "with data"}
+    # both went on until they were as good
+    assert min(last.values()) >= -1100
+    assert image.imread(tmp_path / "figure.png").std() > 0.01
+
+
 def test_demonstrations(tmp_path):
     steps = ("--demonstrations", 20, "--updates", 1000, "--episodes", 2, "--seeds", 0)
     output = example("demonstrations.py", *steps, "--out", tmp_path / "figure.png")
