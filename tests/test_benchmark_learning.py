@@ -431,3 +431,20 @@ def test_report(tmp_path: Path):
     call(tmp_path, "report", "--csv", "results.csv", "--out", "alone", "--reps", "50", "--labels", "softq")
     with_panel, without = (plt.imread(tmp_path / folder / "aggregate.png").shape[1] for folder in ("figures", "alone"))
     assert without < with_panel
+
+
+def test_report_of_discrete_actions(tmp_path: Path):
+    """Environments with a folder in their name, and other scales than MuJoCo's."""
+    steps = ("--steps", "300", "--eval-freq", "150", "--seeds", "1", "--jobs", "2", "--logs", "logs")
+    call(tmp_path, "run", "--algos", "discrete", "dqn", "--envs", "CartPole-v1", *steps)
+    call(tmp_path, "run", "--algos", "discrete", "--envs", "MinAtar/Breakout-v1", *steps)
+    call(tmp_path, "collect", "--name", "all", "--logs", "logs", "--out", ".")
+    rows = read(tmp_path / "all.csv")
+    runs = {("discrete", "CartPole-v1"), ("dqn", "CartPole-v1"), ("discrete", "MinAtar/Breakout-v1")}
+    assert {(row["algo"], row["env"]) for row in rows} == runs
+    last = [row for row in rows if row["algo"] == "discrete" and row["env"] == "CartPole-v1"][-1]
+    output = call(tmp_path, "report", "--csv", "all.csv", "--out", "figures", "--reps", "50", "--reference", "discrete")
+    assert "0 is 22 (CartPole), of 1 500" in output
+    (line,) = (line for line in output.splitlines() if line.startswith("| discrete"))
+    expected = (float(last["deterministic_mean"]) - 22) / (500 - 22)
+    assert abs(float(line.split("|")[4].split()[0]) - expected) < 0.01

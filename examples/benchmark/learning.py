@@ -284,8 +284,10 @@ def collect(args: argparse.Namespace) -> None:
     rows: list[dict[str, str]] = []
     unfinished = []
     arguments: dict[tuple[str, str], set[str]] = {}
-    for path in sorted(args.logs.glob("*/*/*/evaluations.csv")):
-        label, env, seed = path.parts[-4:-1]
+    for path in sorted(args.logs.glob("**/evaluations.csv")):
+        # an environment may have a folder in its name
+        label, *names, seed = path.relative_to(args.logs).parts[:-1]
+        env = "/".join(names)
         if (args.labels and label not in args.labels) or (args.envs and env not in args.envs):
             continue
         rows += read_rows(path)

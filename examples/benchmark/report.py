@@ -1,5 +1,6 @@
 """Statistics and figures of the learning benchmark, see ``learning.py report``."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,20 @@ except ImportError as error:
 
 # Normalised return, as SimbaV2 and XQC publish theirs: 0 is the random policy, 1 TD3 after 1M steps (v4 of the environments,
 # https://github.com/DAVIAN-Robotics/SimbaV2)
-RANDOM_RETURNS = {"HalfCheetah": -289.4, "Hopper": 18.8, "Walker2d": 2.8, "Ant": -70.3, "Humanoid": 120.4}
-TD3_RETURNS = {"HalfCheetah": 10574.0, "Hopper": 3226.0, "Walker2d": 3946.0, "Ant": 3942.0, "Humanoid": 5165.0}
+MUJOCO = {
+    "HalfCheetah": (-289.4, 10574.0),
+    "Hopper": (18.8, 3226.0),
+    "Walker2d": (2.8, 3946.0),
+    "Ant": (-70.3, 3942.0),
+    "Humanoid": (120.4, 5165.0),
+}
+# Elsewhere 0 is the random policy or the least return, and 1 the largest, or what counts as solved
+SCALES = MUJOCO | {
+    "dm_control": (0.0, 1000.0),
+    "CartPole": (22.0, 500.0),
+    "Acrobot": (-500.0, -80.0),
+    "LunarLander": (-180.0, 200.0),
+}
 # Returns that are reached in some time: of the RL Zoo's SAC after 1M steps, 2M on Humanoid (v3 of the environments,
 # https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)
 REFERENCE_RETURNS = {"HalfCheetah": 9535.0, "Hopper": 2326.0, "Walker2d": 3863.0, "Ant": 4616.0, "Humanoid": 6232.0}
@@ -94,9 +107,7 @@ class Results:
         :return: Array of shape (n_seeds, n_envs, n_steps) per label, the environments, the steps
         """
         envs = [
-            env
-            for env in self.envs
-            if env.partition("-")[0] in TD3_RETURNS and all(len(self.table(label, env)) for label in self.labels)
+            env for env in self.envs if family(env) in SCALES and all(len(self.table(label, env)) for label in self.labels)
         ]
         if not envs:
             raise SystemExit("There is no environment with a normalised return in which every label has been evaluated")
@@ -115,8 +126,13 @@ class Results:
 
 
 def normalise(returns: np.ndarray, env: str) -> np.ndarray:
-    name = env.partition("-")[0]
-    return (returns - RANDOM_RETURNS[name]) / (TD3_RETURNS[name] - RANDOM_RETURNS[name])
+    zero, one = SCALES[family(env)]
+    return (returns - zero) / (one - zero)
+
+
+def family(env: str) -> str:
+    """Of ``HalfCheetah-v4`` HalfCheetah, of ``dm_control/walker-walk-v0`` dm_control."""
+    return re.split("[-/]", env)[0]
 
 
 def estimate(
@@ -261,10 +277,19 @@ def markdown(
     note = (
         f"After {last_step:,} steps, {returns} actions, 10 episodes: mean ± standard deviation over seeds. "
         f"Interquartile mean and probability of improvement over {', '.join(envs)}, with 95 % stratified bootstrap intervals; "
-        "a normalised return of 0 is the random policy's, of 1 that of TD3 after 1,000,000 steps. "
+        f"a normalised return of 0 is {zero_and_one(envs)}. "
         "Hours: mean of a run on one thread, without evaluations."
     )
     return f"{table_text}\n\n{note}"
+
+
+def zero_and_one(envs: list[str]) -> str:
+    if all(family(env) in MUJOCO for env in envs):
+        return "the random policy's, of 1 that of TD3 after 1,000,000 steps"
+    scales = {family(env): SCALES[family(env)] for env in envs}
+    return f"{', '.join(f'{zero:g} ({name})' for name, (zero, _) in scales.items())}, of 1 " + ", ".join(
+        f"{one:g}" for _, one in scales.values()
+    )
 
 
 def with_interval(estimates: tuple[dict[str, np.ndarray], dict[str, np.ndarray]], label: str) -> str:

@@ -165,7 +165,15 @@ def make_variant(run: Run) -> None:
 
 
 def make_env(run: Run) -> gym.Env:
-    return make_minatar(run.env) if run.env.startswith("MinAtar/") else gym.make(run.env)
+    if run.env.startswith("MinAtar/"):
+        return make_minatar(run.env)
+    if run.env.startswith("dm_control/"):
+        # only here: it needs the RL Zoo
+        from sb3_softq.zoo.environments import register_environment
+
+        register_environment(run.env)
+        return gym.wrappers.FlattenObservation(gym.make(run.env))
+    return gym.make(run.env)
 
 
 def make_model(run: Run) -> OffPolicyAlgorithm:
