@@ -299,6 +299,8 @@ def measure_predict(effort: Effort, out: Path) -> None:
     }
     predict: dict[tuple[str, str], Callable[[np.ndarray], Any]] = {}
     for name, model in models.items():
+        # SoftQ asks its critics for the deterministic action once they have learned
+        model.learn(150)
         predict[name, "stochastic"] = model.predict
         predict[name, "deterministic"] = partial(model.predict, deterministic=True)
     if onnxruntime is not None:
