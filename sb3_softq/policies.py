@@ -262,7 +262,8 @@ class SoftQPolicy(BasePolicy):
 
         :param tau: Polyak coefficient, in (0, 1]
         """
-        self.n_averaged += 1.0
+        # a number that single precision keeps: trained by these critics since somebody else has written into the actor
+        self.n_averaged = 2 * MATURE if self.n_averaged >= MATURE else self.n_averaged + 1.0
         polyak_update(self.actor, self.ema_actor, max(tau, AVERAGING_PARTS / (self.n_averaged + AVERAGING_PARTS)))
         self._follow()
 
