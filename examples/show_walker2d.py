@@ -53,8 +53,10 @@ def main() -> None:
     if args.model:
         agent = SoftQ.load(args.model, device="cpu")
         agent.ema_actor.save(str(args.actor))
-    # an actor alone has no critics that would choose one of its actions
-    actor = agent.policy if args.model else SamplingActor.load(str(args.actor), device="cpu")
+        actor: BasePolicy = agent.policy
+    else:
+        # an actor alone has no critics that would choose one of its actions
+        actor = SamplingActor.load(str(args.actor), device="cpu")
 
     warnings.filterwarnings("ignore", message=".*is out of date|.*not wrapped with a ``Monitor``")
     env = gym.make("Walker2d-v4", render_mode="rgb_array", camera_name="track", width=SIZE, height=SIZE)

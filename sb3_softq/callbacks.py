@@ -1,5 +1,6 @@
 """Callbacks: pictures of an agent while it learns, and which of several goals it reaches."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,46 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class PlotCallback(BaseCallback):
+def histogram_entropy(counts: np.ndarray) -> float:
+    """
+    :param counts: How often each of n things was seen
+    :return: Entropy of the histogram in nats, log(n) if they are equally frequent
+    """
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    # not -0.0 where there is one
+    return abs(float((shares * np.log(shares)).sum()))
+
+
+class PeriodicCallback(BaseCallback):
+    """
+    Do something every ``freq`` steps of a training, counted from its start.
+
+    :param freq: Number of steps
+    :raises ValueError: if ``freq`` is not an integer >= 1
+    """
+
+    def __init__(self, freq: int):
+        super().__init__()
+        check_integer("freq", freq, 1)
+        self.freq = freq
+        self._next = 0
+
+    def _on_training_start(self) -> None:
+        self._next = self.num_timesteps + self.freq
+
+    def _on_step(self) -> bool:
+        # with several environments a step of all can jump over a multiple
+        if self.num_timesteps >= self._next:
+            self._next += self.freq
+            self._on_period()
+        return True
+
+    @abstractmethod
+    def _on_period(self) -> None:
+        """What is done."""
+
+
+class PlotCallback(PeriodicCallback):
     """
     Save a picture of the agent every ``freq`` steps, and an animation of all of them at the end.
 
@@ -29,28 +69,18 @@ class PlotCallback(BaseCallback):
     """
 
     def __init__(self, draw: Callable[[BaseAlgorithm], "Figure"], folder: str | Path, freq: int = 1000, fps: int = 5):
-        super().__init__()
-        check_integer("freq", freq, 1)
+        super().__init__(freq)
         check_integer("fps", fps, 1)
         # before training, not after it
         load_imageio()
         self.draw = draw
         self.folder = Path(folder)
-        self.freq = freq
         self.fps = fps
         self.frames: list[Path] = []
-        self._next = 0
 
     def _on_training_start(self) -> None:
+        super()._on_training_start()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._next = self.num_timesteps + self.freq
-
-    def _on_step(self) -> bool:
-        # with several environments a step of all can jump over a multiple
-        if self.num_timesteps >= self._next:
-            self._next += self.freq
-            self._save()
-        return True
 
     def _on_training_end(self) -> None:
         iio = load_imageio()
@@ -58,13 +88,13 @@ class PlotCallback(BaseCallback):
             images = np.stack([iio.imread(frame)[..., :3] for frame in self.frames])
             iio.imwrite(self.folder / "animation.gif", images, duration=1000 / self.fps, loop=0)
 
-    def _save(self) -> None:
+    def _on_period(self) -> None:
         path = self.folder / f"frame_{self.num_timesteps:08d}.png"
         self.draw(self.model).savefig(path)
         self.frames.append(path)
 
 
-class GoalCallback(BaseCallback):
+class GoalCallback(PeriodicCallback):
     """
     Log which goals of :class:`sb3_softq.envs.MultiGoalEnv` the policy reaches: ``multi_goal/goals_reached``, how many of
     them; ``multi_goal/entropy``, of the histogram over the goals in nats, log(number of goals) if they are equally frequent;
@@ -77,24 +107,14 @@ class GoalCallback(BaseCallback):
     """
 
     def __init__(self, env: MultiGoalEnv, freq: int = 1000, n_rollouts: int = 100):
-        super().__init__()
-        check_integer("freq", freq, 1)
+        super().__init__(freq)
         check_integer("n_rollouts", n_rollouts, 1)
         self.env = env
-        self.freq = freq
         self.n_rollouts = n_rollouts
-        self._next = 0
 
-    def _on_training_start(self) -> None:
-        self._next = self.num_timesteps + self.freq
-
-    def _on_step(self) -> bool:
-        if self.num_timesteps >= self._next:
-            self._next += self.freq
-            goals = roll_out(self.model, self.env, self.n_rollouts)[1]
-            counts = np.bincount(goals[goals >= 0], minlength=len(self.env.goals))
-            shares = counts[counts > 0] / max(counts.sum(), 1)
-            self.logger.record("multi_goal/goals_reached", int((counts > 0).sum()))
-            self.logger.record("multi_goal/entropy", float(-(shares * np.log(shares)).sum()))
-            self.logger.record("multi_goal/success_rate", float(counts.sum() / self.n_rollouts))
-        return True
+    def _on_period(self) -> None:
+        goals = roll_out(self.model, self.env, self.n_rollouts)[1]
+        counts = np.bincount(goals[goals >= 0], minlength=len(self.env.goals))
+        self.logger.record("multi_goal/goals_reached", int((counts > 0).sum()))
+        self.logger.record("multi_goal/entropy", histogram_entropy(counts))
+        self.logger.record("multi_goal/success_rate", float(counts.sum() / self.n_rollouts))

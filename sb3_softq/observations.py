@@ -12,7 +12,7 @@ def batch_size(obs: PyTorchObs) -> int:
     return len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
 
 
-def rows(obs: PyTorchObs, index: slice | th.Tensor) -> PyTorchObs:
+def rows(obs: PyTorchObs, index: int | slice | th.Tensor) -> PyTorchObs:
     """
     :param obs: Observations
     :param index: Which of them

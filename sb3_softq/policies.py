@@ -233,16 +233,15 @@ class SoftQPolicy(BasePolicy):
         :param mode: if true, set to training mode, else set to evaluation mode
         """
         self.sync_ema_actor()
-        self.training = mode
+        if self.training is not mode:
+            self.training = mode
         for network in (self.actor, self.critic):
             # a walk through all modules takes longer than an action does
             if network.training is not mode:
                 network.train(mode)
 
     def build_target(self) -> None:
-        """
-        Make ``critic_target``, target networks that are a copy of the critics and never share a features extractor.
-        """
+        """Make ``critic_target``, target networks that are a copy of the critics and never share a features extractor."""
         target = self.make_critic()
         target.load_state_dict(self.critic.state_dict())
         target.freeze()

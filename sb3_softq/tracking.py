@@ -17,7 +17,9 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, HParam, KVWriter, Logger, TensorBoardOutputFormat
 
+from sb3_softq.callbacks import PeriodicCallback
 from sb3_softq.checks import check_integer
+from sb3_softq.observations import rows
 from sb3_softq.plots import load_imageio, new_figure, plot_level_curves
 from sb3_softq.softq import SoftQ
 
@@ -54,7 +56,7 @@ class HParamCallback(BaseCallback):
         return True
 
 
-class PolicyCallback(BaseCallback):
+class PolicyCallback(PeriodicCallback):
     """
     Log what the policy does at fixed states: ``policy/entropy`` in nats over the normalised box, ``policy/soft_value`` in the
     units of the rewards, ``policy/n_modes`` (means over the states); ``policy/modes_per_state``, a histogram; level
@@ -77,62 +79,48 @@ class PolicyCallback(BaseCallback):
         video_env: gym.Env[Any, Any] | str | None = None,
         video_length: int = 200,
     ):
-        super().__init__()
-        check_integer("freq", freq, 1)
+        super().__init__(freq)
         check_integer("video_length", video_length, 1)
         # before training, not in the middle of it
         new_figure(1, 1)
         if video_env is not None:
             load_imageio()
         self.states = states
-        self.freq = freq
         self.dims = dims
         self.video_env = gym.make(video_env, render_mode="rgb_array") if isinstance(video_env, str) else video_env
         self.video_length = video_length
-        self._next = 0
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, SoftQ):
             raise ValueError(f"model={type(self.model).__name__} is not allowed: it must be a SoftQ, whose policy has modes")
 
     def _on_training_start(self) -> None:
+        super()._on_training_start()
         if self.states is None:
             # a copy: environments may write into what they gave
             self.states = copy.deepcopy(self.model._last_obs)
-        self._next = self.num_timesteps + self.freq
 
-    def _on_step(self) -> bool:
-        if self.num_timesteps >= self._next:
-            self._next += self.freq
-            # what is asked of the agent takes nothing from the random numbers of training
-            with th.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
-                self._log()
-        return True
+    def _on_period(self) -> None:
+        # what is asked of the agent takes nothing from the random numbers of training
+        with th.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
+            self._log()
 
     def _log(self) -> None:
         model, logger = self.model, self.logger
         assert isinstance(model, SoftQ)
-        states = [_row(self.states, i) for i in range(_n_rows(self.states))]
-        n_modes = np.array([len(model.modes(state)[0]) for state in states])
+        n_modes = np.array([len(modes) for modes in model.modes(self.states)[0]])
         logger.record("policy/entropy", float(np.mean(model.entropy(self.states))))
         logger.record("policy/soft_value", float(np.mean(model.soft_value(self.states))))
         logger.record("policy/n_modes", float(n_modes.mean()))
         logger.record("policy/modes_per_state", n_modes, exclude=TEXT)
         if np.prod(model.action_space.shape) >= 2:
             figure, axes = new_figure(4, 4)
-            plot_level_curves(axes, model, states[0], self.dims, modes=True)
+            first: Any = rows(self.states, 0)
+            plot_level_curves(axes, model, first, self.dims, modes=True)
             logger.record("policy/level_curves", Figure(figure, close=False), exclude=TEXT)
         if self.video_env is not None:
             frames = roll_out_frames(model, self.video_env, self.video_length)
             log_video(logger, "policy/video", frames, self.num_timesteps)
-
-
-def _n_rows(states: Any) -> int:
-    return len(next(iter(states.values()))) if isinstance(states, dict) else len(states)
-
-
-def _row(states: Any, i: int) -> Any:
-    return {key: value[i] for key, value in states.items()} if isinstance(states, dict) else states[i]
 
 
 def roll_out_frames(model: SoftQ, env: gym.Env[Any, Any], n_steps: int) -> np.ndarray:
@@ -195,6 +183,7 @@ class MLflowOutputFormat(KVWriter):
 
     def __init__(self) -> None:
         self._mlflow = _mlflow()
+        self._client = self._mlflow.MlflowClient()
         self._begun = self._mlflow.active_run() is None
         self.run_id = (self._mlflow.start_run() if self._begun else self._mlflow.active_run()).info.run_id
 
@@ -204,19 +193,18 @@ class MLflowOutputFormat(KVWriter):
         :param key_excluded: For each of it the writers that do not get it
         :param step: Number of steps so far
         """
-        client = self._mlflow.MlflowClient()
         for key, value in key_values.items():
             if "mlflow" in (key_excluded.get(key) or ()):
                 continue
             if isinstance(value, HParam):
                 for name, parameter in value.hparam_dict.items():
-                    client.log_param(self.run_id, name, parameter)
+                    self._client.log_param(self.run_id, name, parameter)
             elif isinstance(value, Figure):
                 buffer = io.BytesIO()
                 value.figure.savefig(buffer, format="png")
                 self.log_file(f"{key}_{step}.png", buffer.getvalue())
             elif isinstance(value, bool | int | float | np.number):
-                client.log_metric(self.run_id, key, float(value), step=step)
+                self._client.log_metric(self.run_id, key, float(value), step=step)
 
     def log_file(self, name: str, content: bytes) -> None:
         """
@@ -226,7 +214,7 @@ class MLflowOutputFormat(KVWriter):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / Path(name).name
             path.write_bytes(content)
-            self._mlflow.MlflowClient().log_artifact(self.run_id, str(path), str(Path(name).parent))
+            self._client.log_artifact(self.run_id, str(path), str(Path(name).parent))
 
     def close(self) -> None:
         """End the run, if it was begun here."""
