@@ -49,26 +49,25 @@ class Maze:
         n_rows, n_columns = len(self.cells), len(self.cells[0])
         return self.size * np.array([cell[1] - (n_columns - 1) / 2, (n_rows - 1) / 2 - cell[0]])
 
-    def cell(self, place: np.ndarray) -> tuple[int, int]:
-        """
-        :param place: Shape (2,)
-        :return: Row and column of its cell, the nearest one outside of the map
-        """
-        n_rows, n_columns = len(self.cells), len(self.cells[0])
-        i = round((n_rows - 1) / 2 - place[1] / self.size)
-        j = round(place[0] / self.size + (n_columns - 1) / 2)
-        return min(max(i, 0), n_rows - 1), min(max(j, 0), n_columns - 1)
-
     def distance(self, place: np.ndarray) -> float:
         """
+        Metres along the corridors to the goal, from centre to centre and linear between these, so that a step changes it by no
+        more than about its length.
+
         :param place: Shape (2,)
-        :return: Metres to the goal, by the centre of this cell or of the next one
+        :return: The distance; the longest one in the middle of a wall
         """
-        here = self.cell(place)
-        ways = [
-            float(np.linalg.norm(place - self.centre(cell))) + self.size * self.n_cells[cell]
-            for cell in (here, *self._neighbours(here))
-            if cell in self.n_cells
-        ]
-        # over a wall
-        return min(ways, default=self.size * max(self.n_cells.values()))
+        shape = np.array([len(self.cells), len(self.cells[0])])
+        # in rows and columns
+        position = np.clip((shape - 1) / 2 + place[::-1] * (-1, 1) / self.size, 0, shape - 1)
+        i, j = np.minimum(position.astype(int), shape - 2)
+        weights = {(i + k, j + m): self._nearness(position, (i + k, j + m)) for k in (0, 1) for m in (0, 1)}
+        free = {cell: weight for cell, weight in weights.items() if cell in self.n_cells and weight > 0}
+        if not free:
+            return self.size * max(self.n_cells.values())
+        return self.size * sum(weight * self.n_cells[cell] for cell, weight in free.items()) / sum(free.values())
+
+    @staticmethod
+    def _nearness(position: np.ndarray, cell: tuple[int, int]) -> float:
+        """1 in the centre, 0 in those around it."""
+        return float(np.prod(1 - np.abs(position - cell)))

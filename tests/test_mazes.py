@@ -10,6 +10,8 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sb3_softq.callbacks import histogram_entropy
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -41,10 +43,20 @@ def test_ways_are_the_shortest(modules, data):
     ways = scipy.sparse.csgraph.shortest_path(near, unweighted=True, indices=free.index(maze.goal))
     for cell, n_cells in zip(free, ways, strict=True):
         assert maze.n_cells.get(cell, np.inf) == n_cells
-        assert maze.cell(maze.centre(cell)) == cell
         if np.isfinite(n_cells):
             assert maze.distance(maze.centre(cell)) == pytest.approx(size * n_cells)
     assert set(maze.walls) | set(free) == set(itertools.product(range(n_rows + 2), range(n_columns + 2)))
+
+
+def test_places_in_and_beyond_the_walls_have_a_distance(modules):
+    maze = modules["mazes"].Maze(surrounded([["g", 0], [1, "r"]]), 2.0)
+    distances = {
+        (x, y): maze.distance(np.array([x, y])) for x in np.linspace(-9.0, 9.0, 19) for y in np.linspace(-9.0, 9.0, 19)
+    }
+    assert all(0.0 <= distance <= 4.0 for distance in distances.values())
+    # by hand: the goal, half-way to the next cell, that cell at the wall above it, half-way to the last, the last
+    by_hand = {(-1.0, 1.0): 0.0, (0.0, 1.0): 1.0, (1.0, 2.0): 2.0, (1.0, 0.0): 3.0, (1.0, -1.0): 4.0}
+    assert {place: distances[place] for place in by_hand} == pytest.approx(by_hand)
 
 
 @given(st.floats(-6, 6), st.floats(-6, 6), st.floats(-0.1, 0.1), st.floats(-0.1, 0.1))
@@ -96,6 +108,6 @@ def test_sectors_and_entropy(modules):
     ends[-1] /= 3.0
     counts = any_direction.sectors(np.stack([np.zeros_like(ends), ends], axis=1))
     assert counts.tolist() == [2, 0, 1, 0, 2, 0, 0, 1]
-    assert any_direction.entropy(counts) == pytest.approx(-sum(p * np.log(p) for p in (2 / 6, 1 / 6, 2 / 6, 1 / 6)))
-    assert any_direction.entropy(np.full(8, 5)) == pytest.approx(np.log(8))
-    assert any_direction.entropy(np.zeros(8)) == 0
+    assert histogram_entropy(counts) == pytest.approx(-sum(p * np.log(p) for p in (2 / 6, 1 / 6, 2 / 6, 1 / 6)))
+    assert histogram_entropy(np.full(8, 5)) == pytest.approx(np.log(8))
+    assert histogram_entropy(np.zeros(8)) == 0
