@@ -23,24 +23,17 @@ import numpy as np
 import torch as th
 from gymnasium.envs.mujoco import mujoco_env
 from mazes import Map, Maze
-from sb3_contrib import CrossQ
-from stable_baselines3 import SAC
+from peers import ALGORITHMS, COLOURS
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_softq import SoftQ
+from sb3_softq.callbacks import histogram_entropy
 from sb3_softq.plots import new_figure
+from sb3_softq.rollouts import roll_out
 
 OUT = Path(__file__).parent / "results" / "any_direction.png"
-# The same temperature, discount and networks for all
+# The same temperature and discount for all
 SETTINGS: dict[str, Any] = dict(ent_coef=0.2, learning_starts=5000, buffer_size=300_000, device="cpu")
-ALGORITHMS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
-    "SoftQ": (SoftQ, {}),
-    "SAC": (SAC, {}),
-    "CrossQ": (CrossQ, dict(policy_kwargs=dict(net_arch=[256, 256]))),
-}
-COLOURS = {"SoftQ": "tab:blue", "SAC": "tab:orange", "CrossQ": "tab:purple", "from scratch": "0.5"}
 # One direction is as good as another at this speed, metres a second
 FASTEST = 2.0
 N_STEPS = 300
@@ -69,26 +62,29 @@ class Ant(gym.Wrapper):
             if self.maze is not None:
                 kwargs["xml_file"] = str(with_walls(self.maze, Path(folder) / "ant.xml"))
             super().__init__(gym.make("Ant-v5", max_episode_steps=N_STEPS, **kwargs))
-        self.distance = 0.0
+        self.place, self.distance, self.success = np.zeros(2), 0.0, False
 
     def reset(self, **kwargs: Any) -> Any:
         obs, info = self.env.reset(**kwargs)
-        self.distance = self._distance(obs[:2])
+        self._move(obs[:2])
         return obs, info
 
     def step(self, action: Any) -> Any:
         obs, _, terminated, truncated, info = self.env.step(action)
-        distance = self._distance(obs[:2])
-        speed = (self.distance - distance) / self.unwrapped.dt  # type: ignore[attr-defined]
+        before = self.distance
+        self._move(obs[:2])
+        speed = (before - self.distance) / self.unwrapped.dt  # type: ignore[attr-defined]
         if self.maze is None:
             speed = float(np.hypot(info["x_velocity"], info["y_velocity"]))
-        self.distance = distance
-        info["success"] = self.maze is not None and distance < CELL / 2
+        info["success"] = self.success
         rewards = min(speed, FASTEST) + info["reward_survive"] + info["reward_ctrl"] + info["reward_contact"]
         return obs, float(rewards), terminated, truncated, info
 
-    def _distance(self, place: np.ndarray) -> float:
-        return 0.0 if self.maze is None else self.maze.distance(place + self.maze.centre(self.maze.start))
+    def _move(self, place: np.ndarray) -> None:
+        self.place = place.copy()
+        if self.maze is not None:
+            self.distance = self.maze.distance(place + self.maze.centre(self.maze.start))
+            self.success = self.distance < CELL / 2
 
 
 def with_walls(maze: Maze, path: Path) -> Path:
@@ -104,25 +100,16 @@ def with_walls(maze: Maze, path: Path) -> Path:
     return path
 
 
-def roll_out(agent: BaseAlgorithm, env: Ant, n_episodes: int) -> tuple[np.ndarray, float]:
+def travel(agent: BaseAlgorithm, ants: list[Ant]) -> tuple[np.ndarray, float]:
     """
-    Stochastic episodes.
+    A stochastic episode of each ant.
 
-    :return: Their paths, shape (n_episodes, N_STEPS + 1, 2), where one that ended stays where it is; share that had success
+    :return: Their paths, shape (n_ants, N_STEPS + 1, 2), where one that ended stays where it is; share that had success
     """
-    paths = np.zeros((n_episodes, N_STEPS + 1, 2))
-    n_successes = 0
-    for i in range(n_episodes):
-        obs, _ = env.reset(seed=10_000 + i)
-        start, success = obs[:2].copy(), False
-        for step in range(N_STEPS):
-            obs, _, terminated, _, info = env.step(agent.predict(obs, deterministic=False)[0])
-            paths[i, step + 1 :] = obs[:2] - start
-            success = success or info["success"]
-            if terminated:
-                break
-        n_successes += success
-    return paths, n_successes / n_episodes
+    episodes = roll_out(agent, ants, seed=10_000, record=lambda ant: (*ant.place, ant.success))
+    records = [np.array(episode.records) for episode in episodes]
+    paths = [np.concatenate([x, np.repeat(x[-1:], N_STEPS + 1 - len(x), axis=0)])[:, :2] - x[0, :2] for x in records]
+    return np.stack(paths), float(np.mean([x[:, 2].any() for x in records]))
 
 
 def sectors(paths: np.ndarray) -> np.ndarray:
@@ -131,12 +118,6 @@ def sectors(paths: np.ndarray) -> np.ndarray:
     ends = ends[np.linalg.norm(ends, axis=1) > 2.0]
     angle = np.arctan2(ends[:, 1], ends[:, 0])
     return np.bincount(np.round(angle / (2 * np.pi / N_SECTORS)).astype(int) % N_SECTORS, minlength=N_SECTORS)
-
-
-def entropy(counts: np.ndarray) -> float:
-    """In nats; log(8) = 2.08 where every sector is as frequent as the others."""
-    shares = counts[counts > 0] / max(counts.sum(), 1)
-    return float(abs((shares * np.log(shares)).sum()))
 
 
 class UntilSuccess(BaseCallback):
@@ -149,14 +130,14 @@ class UntilSuccess(BaseCallback):
 
     def __init__(self, place: str, every: int):
         super().__init__()
-        self.env, self.every = Ant(place), every
+        self.ants, self.every = [Ant(place) for _ in range(20)], every
         self.shares: list[tuple[int, float]] = []
 
     def _on_step(self) -> bool:
         if self.num_timesteps % self.every == 0:
             # what is asked takes nothing from the random numbers of training
             with th.random.fork_rng([]):
-                self.shares.append((self.num_timesteps, roll_out(self.model, self.env, 20)[1]))
+                self.shares.append((self.num_timesteps, travel(self.model, self.ants)[1]))
         return not self.shares or self.shares[-1][1] < 0.8
 
 
@@ -165,7 +146,7 @@ def pre_train(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     cls, kwargs = ALGORITHMS[name]
     agent = cls("MlpPolicy", Ant(), seed=seed, **SETTINGS | kwargs | compiled(name, args)).learn(args.steps)
     agent.save(args.logs / f"{name}_{seed}.zip")
-    paths, _ = roll_out(agent, Ant(), args.episodes)
+    paths, _ = travel(agent, [Ant() for _ in range(args.episodes)])
     return dict(sectors=sectors(paths).tolist(), paths=np.round(paths[:, ::5], 2).tolist())
 
 
@@ -231,7 +212,7 @@ def main() -> None:
         for name, seed in [(name, seed) for name in [*args.algos, "from scratch"] for seed in args.seeds]:
             counts = before.get((name, seed), {}).get("sectors", [])
             steps = [after[name, seed, place]["steps"] for place in args.places]
-            directions = [f"{entropy(np.array(counts)):.2f}", *counts] if counts else [""] * (1 + N_SECTORS)
+            directions = [f"{histogram_entropy(np.array(counts)):.2f}", *counts] if counts else [""] * (1 + N_SECTORS)
             writer.writerow([name, seed, *directions, *(args.more_steps + 1 if x is None else x for x in steps)])
     draw(before, after, args)
     print(args.out)
@@ -249,7 +230,7 @@ def draw(before: dict[Any, Any], after: dict[Any, Any], args: argparse.Namespace
             ax.plot(*path.T, color=COLOURS[name], alpha=0.4, linewidth=0.8)
         limit = FASTEST * N_STEPS * 0.05
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="x, m", ylabel="y, m")
-        entropies = [entropy(np.array(before[name, s]["sectors"])) for s in args.seeds]
+        entropies = [histogram_entropy(np.array(before[name, s]["sectors"])) for s in args.seeds]
         ax.set_title(f"{name}: entropy {', '.join(f'{x:.2f}' for x in entropies)}", fontsize=10)
     for ax, place in zip(axes[1], args.places, strict=False):
         for name, seed in itertools.product(names, args.seeds):

@@ -12,7 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch as th
+from cooling import Cooling
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -64,9 +64,6 @@ class Curve(BaseCallback):
         self.points: list[tuple[int, float]] = []
 
     def _on_step(self) -> bool:
-        if isinstance(self.model, SAC):
-            # it takes no schedule, so that it is given the numbers of SoftQ's
-            self.model.ent_coef_tensor = th.tensor(ANNEALED(self.model._current_progress_remaining))
         if self.num_timesteps % self.every == 0:
             self.env.reset(seed=1000)
             self.points.append((self.num_timesteps, float(np.mean(evaluate_policy(self.model, self.env, 2)[0]))))
@@ -80,7 +77,7 @@ def fine_tune(
     if cls is SoftQ:
         settings = settings | dict(ent_coef=ANNEALED)
     model = cls("MlpPolicy", env, **settings) if start is None else cls.load(start, env, **settings)
-    model.learn(steps, curve)
+    model.learn(steps, [Cooling(ANNEALED), curve])
     return curve.points
 
 

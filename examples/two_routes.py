@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from cooling import Cooling
+from peers import ALGORITHMS, COLOURS
 from ring_maze import Outcome, Ring, draw_paths, roll_out
-from sb3_contrib import CrossQ
-from stable_baselines3 import SAC
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_softq import SoftQ
@@ -31,29 +29,6 @@ from sb3_softq.plots import new_figure
 OUT = Path(__file__).parent / "results" / "two_routes.png"
 # The same for all
 SETTINGS: dict[str, Any] = dict(gamma=0.98, learning_starts=1_000, buffer_size=100_000, device="cpu")
-ALGORITHMS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
-    "SoftQ": (SoftQ, {}),
-    "SAC": (SAC, {}),
-    "CrossQ": (CrossQ, dict(policy_kwargs=dict(net_arch=[256, 256]))),
-}
-COLOURS = {"SoftQ": "tab:blue", "SAC": "tab:orange", "CrossQ": "tab:purple"}
-
-
-class Cooling(BaseCallback):
-    """
-    Give SAC and CrossQ, which take no schedule, the temperatures of one.
-
-    :param schedule: Temperature by the progress that remains
-    """
-
-    def __init__(self, schedule: Schedule):
-        super().__init__()
-        self.schedule = schedule
-
-    def _on_step(self) -> bool:
-        if isinstance(self.model, SAC | CrossQ):
-            self.model.ent_coef_tensor = th.tensor(self.schedule(self.model._current_progress_remaining))
-        return True
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> OffPolicyAlgorithm:
