@@ -31,8 +31,8 @@ class Bank(NamedTuple):
     log_weights: th.Tensor
 
 
-def bank(model: SoftQ, obs: th.Tensor, trained: bool = False) -> Bank:
-    actor = model.actor if trained else model.ema_actor
+def bank(model: SoftQ, obs: th.Tensor) -> Bank:
+    actor = model.ema_actor
     features = actor.features(obs)
     mean, log_std = actor.particles(features, actor.xi_bank.unsqueeze(0))
     repeats = len(actor.xi_bank) // actor.n_experts
@@ -64,7 +64,7 @@ def most_q(model: SoftQ, obs: th.Tensor, u: th.Tensor) -> th.Tensor:
 
 
 def particles_of_both(model: SoftQ, obs: th.Tensor) -> th.Tensor:
-    return most_q(model, obs, th.cat([bank(model, obs).mean, bank(model, obs, trained=True).mean], dim=1))
+    return most_q(model, obs, th.cat([model.ema_actor.fixed_particles(obs), model.actor.fixed_particles(obs)], dim=1))
 
 
 def modes_of_both(model: SoftQ, obs: th.Tensor) -> th.Tensor:
@@ -79,7 +79,7 @@ def q_weighted_mean(model: SoftQ, obs: th.Tensor) -> th.Tensor:
 
 CANDIDATES: dict[str, Candidate] = {
     "a sample": lambda model, obs: model.ema_actor.sample(obs)[:, 0],
-    "particle of most Q": lambda model, obs: most_q(model, obs, bank(model, obs).mean),
+    "particle of most Q": lambda model, obs: most_q(model, obs, model.ema_actor.fixed_particles(obs)),
     "the same, of both actors": particles_of_both,
     "mode of the density": lambda model, obs: model.ema_actor.mode(obs),
     "the same, of the trained actor": lambda model, obs: model.actor.mode(obs),

@@ -1,7 +1,5 @@
 """MinAtar (Young & Tian 2019, https://arxiv.org/abs/1903.03176): small games of Atari, and the network for all algorithms."""
 
-from typing import Any
-
 import gymnasium as gym
 import numpy as np
 import torch as th
@@ -55,6 +53,3 @@ class MinAtarCNN(BaseFeaturesExtractor):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         return self.layers(observations)
-
-
-MINATAR_NETWORK: dict[str, Any] = dict(features_extractor_class=MinAtarCNN, net_arch=[])

@@ -1,6 +1,5 @@
 """Statistics and figures of the learning benchmark, see ``learning.py report``."""
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from time_to_return import (
     choose_speeds,
     choose_thresholds,
     describe,
+    family,
     read_speed_table,
     sac_hours,
     time_to_return,
@@ -130,11 +130,6 @@ def normalise(returns: np.ndarray, env: str) -> np.ndarray:
     return (returns - zero) / (one - zero)
 
 
-def family(env: str) -> str:
-    """Of ``HalfCheetah-v4`` HalfCheetah, of ``dm_control/walker-walk-v0`` dm_control."""
-    return re.split("[-/]", env)[0]
-
-
 def estimate(
     scores: dict[str, Any], function: Callable[..., np.ndarray], reps: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -212,7 +207,7 @@ def make_report(
 
 
 def reference_steps(env: str) -> int:
-    return REFERENCE_STEPS.get(env.partition("-")[0], 1_000_000)
+    return REFERENCE_STEPS.get(family(env), 1_000_000)
 
 
 def times_to_return(
@@ -225,9 +220,9 @@ def times_to_return(
     :return: By environment, threshold and label
     """
     references = {
-        env: (f"SAC {thousands(reference_steps(env), 0)}", REFERENCE_RETURNS[env.partition("-")[0]])
+        env: (f"SAC {thousands(reference_steps(env), 0)}", REFERENCE_RETURNS[family(env)])
         for env in results.envs
-        if env.partition("-")[0] in REFERENCE_RETURNS
+        if family(env) in REFERENCE_RETURNS
     }
     times = []
     for env, values in choose_thresholds(thresholds, results.envs, references).items():

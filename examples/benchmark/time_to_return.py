@@ -9,6 +9,7 @@ the speed table, not those of each run.
 import argparse
 import csv
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,11 @@ class TimeToReturn(NamedTuple):
 
 
 # ------------------------------------------------------------------ input
+
+
+def family(env: str) -> str:
+    """Of ``HalfCheetah-v4`` HalfCheetah, of ``dm_control/walker-walk-v0`` dm_control."""
+    return re.split("[-/]", env)[0]
 
 
 def parse_threshold(text: str) -> tuple[str | None, float]:

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -25,13 +24,14 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from learning import COLUMNS, Run, check_same_run, read_rows, write_rows
-from minatar_games import MINATAR_NETWORK, make_minatar
+from minatar_games import MinAtarCNN, make_minatar
 from sb3_contrib import QRDQN, TQC, CrossQ
 from stable_baselines3 import DQN, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
+from time_to_return import family
 from variants import VARIANTS
 
 import sb3_softq
@@ -88,12 +88,12 @@ LUNAR_LANDER: dict[str, Any] = dict(
     learning_rate=LinearSchedule(1.5e-3, 0.0, 1.0), batch_size=128, buffer_size=100_000, learning_starts=10_000, gamma=0.995,
     target_update_interval=1, train_freq=256, gradient_steps=-1, exploration_fraction=0.24, exploration_final_eps=0.18,
 )  # fmt: skip
-# DQN and QR-DQN of the RL Zoo on Atari's games, with ten times the random steps and a tenth of the steps between two targets:
-# games of MinAtar are ten times as short
+# Those on Atari's games, whose runs are ten times as long, with 5,000 random steps in place of 100,000
 MINATAR: dict[str, Any] = dict(
     learning_rate=1e-4, batch_size=32, buffer_size=100_000, learning_starts=5000, target_update_interval=1000, train_freq=4,
     gradient_steps=1, exploration_fraction=0.1, exploration_final_eps=0.01,
 )  # fmt: skip
+MINATAR_NETWORK: dict[str, Any] = dict(policy_kwargs=dict(features_extractor_class=MinAtarCNN, net_arch=[]))
 
 
 def hidden(**kwargs: Any) -> dict[str, Any]:
@@ -105,11 +105,12 @@ ENV_ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("dqn", "CartPole"): CARTPOLE | hidden(),
     ("dqn", "Acrobot"): ACROBOT | hidden(),
     ("dqn", "LunarLander"): ACROBOT | hidden(),
-    ("dqn", "MinAtar"): MINATAR,
+    ("dqn", "MinAtar"): MINATAR | MINATAR_NETWORK,
     ("qrdqn", "CartPole"): CARTPOLE | hidden(n_quantiles=10),
     ("qrdqn", "Acrobot"): ACROBOT | hidden(n_quantiles=25),
     ("qrdqn", "LunarLander"): LUNAR_LANDER | hidden(n_quantiles=170),
-    ("qrdqn", "MinAtar"): MINATAR,
+    ("qrdqn", "MinAtar"): MINATAR | MINATAR_NETWORK,
+    ("discrete", "MinAtar"): MINATAR_NETWORK,
     ("sac", "Swimmer"): dict(gamma=0.999),
     ("td3", "Swimmer"): dict(gamma=0.9999),
     ("tqc", "Swimmer"): dict(gamma=0.999),
@@ -136,7 +137,7 @@ LOGGED = {
 
 def arguments(run: Run) -> dict[str, Any]:
     """Arguments of the algorithm: the benchmark's, those of this environment, and the changes of a variant."""
-    name = re.split("[-/]", run.env)[0]
+    name = family(run.env)
     # As large as SB3's default or the run: the same samples, smaller checkpoints
     result = {"buffer_size": min(1_000_000, run.steps), **ARGUMENTS[run.algo], **ENV_ARGUMENTS.get((run.algo, name), {})}
     if run.algo == "original" and "ent_coef" not in run.changes:
@@ -165,9 +166,9 @@ def make_variant(run: Run) -> None:
 
 
 def make_env(run: Run) -> gym.Env:
-    if run.env.startswith("MinAtar/"):
+    if family(run.env) == "MinAtar":
         return make_minatar(run.env)
-    if run.env.startswith("dm_control/"):
+    if family(run.env) == "dm_control":
         # only here: it needs the RL Zoo
         from sb3_softq.zoo.environments import register_environment
 
@@ -179,8 +180,6 @@ def make_env(run: Run) -> gym.Env:
 def make_model(run: Run) -> OffPolicyAlgorithm:
     kwargs = arguments(run)
     env = make_env(run)
-    if run.env.startswith("MinAtar/"):
-        kwargs["policy_kwargs"] = MINATAR_NETWORK | kwargs.get("policy_kwargs", {})
     if "noise_std" in kwargs:
         assert env.action_space.shape is not None
         kwargs["action_noise"] = NormalActionNoise(
@@ -219,18 +218,13 @@ def q_values(model: OffPolicyAlgorithm, observations: np.ndarray, actions: np.nd
                 if isinstance(model, DQN)
                 else model.quantile_net(observation_tensor).mean(dim=1)
             )
-        return of_actions(q.numpy(), actions)
+        return np.take_along_axis(q.numpy(), actions.reshape(-1, 1), axis=1)[:, 0]
     assert isinstance(model, (SAC, TD3, TQC, CrossQ))
     action_tensor = th.as_tensor(model.policy.scale_action(actions), dtype=th.float32)
     with th.no_grad():
         q = model.critic(observation_tensor, action_tensor)
         q = q.mean(dim=(1, 2)) if isinstance(model, TQC) else th.cat(q, dim=1).amin(dim=1)
     return q.numpy()
-
-
-def of_actions(values: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Of all actions' values, shape (n, n_actions), those of the given ones."""
-    return np.take_along_axis(values, actions.reshape(-1, 1), axis=1)[:, 0]
 
 
 def entropy_bonus(model: OffPolicyAlgorithm, observations: np.ndarray) -> np.ndarray:
