@@ -238,6 +238,10 @@ def draw(before: dict[Any, Any], after: dict[Any, Any], args: argparse.Namespace
             ax.plot(names.index(name), steps or args.more_steps, "o" if steps else "^", color=COLOURS[name], alpha=0.7)
         ax.set_xticks(range(len(names)), names, fontsize=8)
         ax.set(title=f"{place}: steps to 80 %", ylim=(0, 1.05 * args.more_steps))
+    for ax in axes.flat:
+        # there are more places than algorithms, or the other way round
+        if not ax.has_data():
+            ax.set_axis_off()
     figure.tight_layout()
     figure.savefig(args.out)
 

@@ -117,6 +117,7 @@ class PolicyCallback(PeriodicCallback):
             figure, axes = new_figure(4, 4)
             first: Any = rows(self.states, 0)
             plot_level_curves(axes, model, first, self.dims, modes=True)
+            figure.tight_layout()
             logger.record("policy/level_curves", Figure(figure, close=False), exclude=TEXT)
         if self.video_env is not None:
             frames = roll_out_frames(model, self.video_env, self.video_length)
