@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000, help="of training")
     parser.add_argument("--more", type=int, default=5_000, help="further steps with the wall")
     parser.add_argument("--episodes", type=int, default=100)
-    parser.add_argument("--ent-coef", type=float, default=0.1, help="temperature from the half of training on")
+    parser.add_argument("--ent-coef", type=float, default=0.8, help="temperature from the half of training on")
     parser.add_argument("--first-ent-coef", type=float, default=1.0, help="temperature that training begins with")
     parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers but for rounding")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

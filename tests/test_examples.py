@@ -168,17 +168,6 @@ def test_pusher(tmp_path):
     assert image.imread(tmp_path / "figure.png").std() > 0.01
 
 
-def test_robustness(tmp_path):
-    task = ("--env", "InvertedPendulum-v5", "--body", "pole", "--threshold", 1, "--forces", 0, 50)
-    output = example("robustness.py", *task, "--steps", 500, "--seeds", 0, "--out", tmp_path / "figure.png")
-    assert output.count("500 steps: ") == 2
-    rows = [row.split(",") for row in (tmp_path / "figure.csv").read_text().splitlines()]
-    assert [row[1] for row in rows] == ["algo", "SoftQ", "SAC"]
-    # nobody stands against 50 newtons
-    assert all(float(row[-1]) < 30 for row in rows[1:])
-    assert image.imread(tmp_path / "figure.png").std() > 0.01
-
-
 def test_fine_tuning(tmp_path):
     steps = ("--steps", 110, "--more-steps", 120, "--eval-freq", 60, "--seeds", 0)
     output = example("fine_tuning.py", *steps, "--out", tmp_path / "figure.png")

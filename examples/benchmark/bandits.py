@@ -152,7 +152,6 @@ FOUR_MODES: dict[str, Callable[[], Bandit]] = {
 }
 # Of a training that takes half a minute, with ent_coef=1.0
 SHORT_TRAINING: dict[str, Any] = dict(
-    learning_rate=1e-3,
     learning_starts=500,
     buffer_size=10_000,
     batch_size=128,

@@ -185,6 +185,8 @@ def make_model(run: Run) -> OffPolicyAlgorithm:
         kwargs["action_noise"] = NormalActionNoise(
             np.zeros(env.action_space.shape), np.full(env.action_space.shape, kwargs.pop("noise_std"))
         )
+    # a pair, which a command line can give: from the one rate to the other over the whole of training
+    kwargs |= {name: LinearSchedule(*pair, 1.0) for name, pair in kwargs.items() if "learning_rate" in name and np.size(pair) == 2}
     return CLASSES[run.algo]("MlpPolicy", env, seed=run.seed, device="cpu", **kwargs)
 
 
