@@ -51,7 +51,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
     :param compile: Whether the updates are compiled with ``torch.compile``, which takes some seconds at their first call,
         a C++ compiler and a release of torch that traces gradients (2.13 does)
     :param learning_rate: learning rate of critics and actor, float or function of the progress remaining (from 1 to 0); by
-        default it falls linearly from 1e-3 to 1e-4 over the steps that ``learn`` is told
+        default it falls linearly from 1e-3 to 3e-4 over the steps that ``learn`` is told
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update, at least 2 with batch normalisation
@@ -109,7 +109,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         self,
         policy: str | type[SoftQPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = LinearSchedule(1e-3, 1e-4, 1.0),
+        learning_rate: float | Schedule = LinearSchedule(1e-3, 3e-4, 1.0),
         buffer_size: int = 1_000_000,  # 1e6
         learning_starts: int = 100,
         batch_size: int = 256,
