@@ -186,7 +186,10 @@ def make_model(run: Run) -> OffPolicyAlgorithm:
             np.zeros(env.action_space.shape), np.full(env.action_space.shape, kwargs.pop("noise_std"))
         )
     # a pair, which a command line can give: from the one rate to the other over the whole of training
-    kwargs |= {name: LinearSchedule(*pair, 1.0) for name, pair in kwargs.items() if "learning_rate" in name and np.size(pair) == 2}
+    for name in ("learning_rate", "actor_learning_rate"):
+        if isinstance(kwargs.get(name), (list, tuple)):
+            first, last = kwargs[name]
+            kwargs[name] = LinearSchedule(first, last, 1.0)
     return CLASSES[run.algo]("MlpPolicy", env, seed=run.seed, device="cpu", **kwargs)
 
 
