@@ -8,6 +8,8 @@ from stable_baselines3 import SAC
 from examples.benchmark.bandits import CASES, FOUR_MODES, SHORT_TRAINING, Modes, boltzmann, errors, four_modes, total_variation
 from sb3_softq import SoftQ
 
+# So few updates need all of the rate: five contexts are 0.31 away where it falls, and 0.11 after 6,000 updates
+TRAINING = SHORT_TRAINING | dict(learning_rate=1e-3)
 # Narrow modes and several contexts take longer to be right. The narrow mode of the plane is found on most seeds, not on all
 STEPS = dict.fromkeys(CASES, 2_500) | {"three_narrow_modes": 6_500, "turning": 4_000}
 del STEPS["three_widths_2d"]
@@ -22,7 +24,7 @@ def test_policy_is_the_boltzmann_distribution(name):
     above 0.3 in one case or another. With a single expert it is 0.28 for three narrow modes and 0.29 for three widths.
     """
     env = CASES[name]()
-    model = SoftQ("MlpPolicy", env, seed=0, **SHORT_TRAINING).learn(STEPS[name])
+    model = SoftQ("MlpPolicy", env, seed=0, **TRAINING).learn(STEPS[name])
     found = errors(env, model)
     assert found["total_variation"] < 0.15
     assert found["soft_value"] == pytest.approx(0.0, abs=SOFT_VALUE[name])
@@ -31,7 +33,7 @@ def test_policy_is_the_boltzmann_distribution(name):
 def test_four_modes_in_eight_dimensions_are_kept():
     """A single expert loses two of them."""
     env = FOUR_MODES["four_modes_8d"]()
-    model = SoftQ("MlpPolicy", env, seed=0, **SHORT_TRAINING).learn(5_000)
+    model = SoftQ("MlpPolicy", env, seed=0, **TRAINING).learn(5_000)
     found = errors(env, model)
     assert found["share"] < 0.1
     assert found["soft_value"] == pytest.approx(0.0, abs=0.4)
@@ -43,7 +45,7 @@ def test_four_modes_in_eight_dimensions_are_kept():
 
 def test_a_gaussian_actor_fails_on_two_modes():
     env = CASES["two_modes"]()
-    model = SAC("MlpPolicy", env, seed=0, learning_rate=1e-3, **SHORT_TRAINING).learn(STEPS["two_modes"])
+    model = SAC("MlpPolicy", env, seed=0, **TRAINING).learn(STEPS["two_modes"])
     actions, _ = model.predict(np.zeros((20_000, 1), dtype=np.float32))
     assert total_variation(env, 0.0, 1.0, actions) > 0.3
 

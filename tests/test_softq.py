@@ -191,14 +191,14 @@ def test_learning_rates_end_where_their_schedules_end():
     assert model.ent_coef_optimizer.param_groups[0]["lr"] == pytest.approx(3e-4)
 
 
-def test_by_default_the_learning_rate_falls_to_a_tenth_over_the_steps_that_learn_is_told():
+def test_by_default_the_learning_rate_falls_over_the_steps_that_learn_is_told():
     model = small(learning_starts=10)
     rates = []
     optimizer = model.critic.optimizer
     optimizer.register_step_post_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
     model.learn(60)
     # the step n of 60 is the one with 1 - n / 60 remaining
-    np.testing.assert_allclose(rates, [1e-3 - 9e-4 * step / 60 for step in range(11, 61)])
+    np.testing.assert_allclose(rates, [1e-3 - 7e-4 * step / 60 for step in range(11, 61)])
     assert model.ent_coef_optimizer.param_groups[0]["lr"] == 1e-3
 
 
