@@ -8,7 +8,10 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 
 class UnsupportedSpaceError(ValueError, AssertionError, NotImplementedError):
-    """A space that an algorithm cannot have: a ValueError, and what Stable-Baselines3 raises there."""
+    """
+    A space that an algorithm cannot have: a ValueError, and what Stable-Baselines3 raises there, so that programs that catch
+    that need no change: AssertionError for actions, NotImplementedError for observations.
+    """
 
 
 def _refuse(name: str, space: spaces.Space[Any], allowed: str) -> UnsupportedSpaceError:

@@ -8,6 +8,7 @@ import pytest
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3 import SAC
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     VecCheckNan,
@@ -64,6 +65,26 @@ class AnySpaces(gym.Env):
         assert action.shape == self.action_space.shape
         assert self.action_space.contains(action)
         return self.observation_space.sample(), 0.0, False, False, {}
+
+
+BOX = spaces.Box(-1, 1, (2,))
+
+
+@pytest.mark.parametrize(
+    ("observation_space", "action_space", "kind"),
+    [
+        (spaces.Tuple([BOX, BOX]), BOX, NotImplementedError),
+        (spaces.Dict(a=spaces.Dict(b=BOX)), BOX, NotImplementedError),
+        (BOX, spaces.Discrete(2), AssertionError),
+        (BOX, spaces.MultiBinary(2), AssertionError),
+    ],
+    ids=["tuple", "nested_dict", "discrete", "binary"],
+)
+def test_programs_that_catch_what_sac_raises_for_a_space_need_no_change(observation_space, action_space, kind):
+    policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
+    for algorithm, error in [(SAC, kind), (SoftQ, kind), (SoftQ, ValueError)]:
+        with pytest.raises(error):
+            algorithm(policy, AnySpaces(observation_space, action_space), device="cpu")
 
 
 observation_spaces = st.one_of(
