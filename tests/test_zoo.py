@@ -196,16 +196,24 @@ def test_a_discrete_environment_gets_the_discrete_agent(tmp_path):
     [
         (["--algo", "softq"], True),
         (["--env", "a", "--algo=softq"], True),
+        (["--alg", "softq"], True),
         (["--algo", "sac"], False),
         (["--env", "softq"], False),
-        (["--algo", "softq", "-conf", "x.yml"], False),
-        (["--algo", "softq", "--conf-file=x.yml"], False),
+        (["--env-kwargs", "algo:'softq'"], False),
+        ([], False),
     ],
 )
 def test_configuration(arguments, is_ours):
-    assert with_configuration(arguments)[len(arguments) :] == (
-        ["--conf-file", str(HYPERPARAMS / "softq.yml")] if is_ours else []
-    )
+    ours = ["--conf-file", str(HYPERPARAMS / "softq.yml")] if is_ours else []
+    assert with_configuration(arguments) == [*ours, *arguments]
+
+
+@pytest.mark.parametrize("flag", ["-conf", "--conf-file", "--conf"])
+def test_configuration_of_the_user(flag, tmp_path):
+    (tmp_path / "my.yml").write_text("Pendulum-v1: {policy: MlpPolicy, n_timesteps: 60, gamma: 0.123}")
+    output = zoo("train", "--algo", "softq", "--env", "Pendulum-v1", "-f", tmp_path, flag, tmp_path / "my.yml")
+    assert "('gamma', 0.123)" in output
+    assert "softq.yml" not in output
 
 
 @pytest.mark.parametrize(
@@ -276,9 +284,8 @@ def test_sampler():
         assert (kwargs["tau"] == 1.0) == trial.params["batch_norm"]
         model = SoftQ("MlpPolicy", "Pendulum-v1", learning_starts=4, device="cpu", **kwargs).learn(6)
         assert model.target_entropy == trial.params["target_entropy_per_dim"]
-        # what a stored trial is converted to: the same, but for the target that needs the dimension
-        stored = convert_softq_params(trial.params)
-        assert stored == {key: value for key, value in kwargs.items() if key != "target_entropy"}
+        # what a stored trial is converted to
+        assert convert_softq_params(trial.params) == kwargs
     assert len(drawn) == 10
     assert {batch_norm for _, batch_norm in drawn} == {True, False}
 
@@ -351,12 +358,14 @@ def test_search(tmp_path):
     backend = optuna.storages.journal.JournalFileBackend(str(storage))
     study = optuna.load_study(study_name="test", storage=optuna.storages.JournalStorage(backend))
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
-    # and training with what was found
-    output = zoo(
-        *("train", "--algo", "softq", "--env", "Pendulum-v1", "-n", 110, "-f", tmp_path, "--eval-freq", -1),
-        *("--storage", storage, "--study-name", "test", "--trial-id", 1),
-    )
-    assert str(study.trials[1].params["learning_rate"]) in output
+    # and training with what was found, by the first trial too
+    for trial in study.trials:
+        output = zoo(
+            *("train", "--algo", "softq", "--env", "Pendulum-v1", "-n", 60, "-f", tmp_path, "--eval-freq", -1),
+            *("--storage", storage, "--study-name", "test", "--trial-id", trial.number),
+        )
+        found = sample_softq_params(optuna.trial.FixedTrial(trial.params), 1, 1, {})
+        assert all(str((name, value)) in output for name, value in found.items() if name != "policy_kwargs")
 
 
 @pytest.mark.slow

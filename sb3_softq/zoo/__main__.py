@@ -1,5 +1,6 @@
 """``python -m sb3_softq.zoo COMMAND ...``: the commands of the RL Zoo, with their own flags, knowing ``--algo softq``."""
 
+import argparse
 import importlib
 import runpy
 import subprocess
@@ -31,14 +32,13 @@ COMMANDS = {
 def with_configuration(arguments: Sequence[str]) -> list[str]:
     """
     :param arguments: Of ``train``
-    :return: The same, with our hyper-parameters where it is our algorithm and none are named
+    :return: The same, after our hyper-parameters where it is our algorithm: of two files that are named the last one counts
     """
-    names = [argument.partition("=")[0] for argument in arguments]
-    pairs = zip(names, [*names[1:], ""], strict=True)
-    is_softq = "--algo=softq" in arguments or ("--algo", "softq") in pairs
-    if not is_softq or {"-conf", "--conf-file"} & set(names):
-        return list(arguments)
-    return [*arguments, "--conf-file", str(HYPERPARAMS / "softq.yml")]
+    # which knows abbreviations, as the RL Zoo does
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--algo")
+    is_softq = parser.parse_known_args(arguments)[0].algo == "softq"
+    return [*(("--conf-file", str(HYPERPARAMS / "softq.yml")) if is_softq else ()), *arguments]
 
 
 def without_trust(command: str, arguments: Sequence[str]) -> list[str]:
@@ -78,6 +78,25 @@ def mend_push_to_hub() -> None:
         push_to_hub.__dict__["generate_metadata"] = lambda *args: push_to_hub._generate_metadata(*args).to_dict()
 
 
+class TrialNumber(int):
+    """The RL Zoo takes 0 for none."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def mend_trial_id() -> None:
+    """``--trial-id 0`` is the first trial."""
+    exp_manager = importlib.import_module("rl_zoo3.exp_manager")
+    read_hyperparameters = exp_manager.ExperimentManager.read_hyperparameters
+
+    def wrapped(self: Any) -> Any:
+        self.trial_id = None if self.trial_id is None else TrialNumber(self.trial_id)
+        return read_hyperparameters(self)
+
+    exp_manager.ExperimentManager.read_hyperparameters = wrapped
+
+
 def main() -> None:
     """Run the command that the command line names."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -92,8 +111,9 @@ def main() -> None:
     sys.argv = [f"sb3_softq.zoo {command}", *(with_configuration(arguments) if command == "train" else arguments)]
     subprocess.call = call_with_softq(subprocess.call)
     optuna.create_study = shared(optuna.create_study)
-    if command == "push_to_hub":
-        mend_push_to_hub()
+    mend = {"train": mend_trial_id, "push_to_hub": mend_push_to_hub}.get(command)
+    if mend is not None:
+        mend()
     # Some of them parse their arguments only as a main program. Not one that was imported before: runpy warns of that.
     sys.modules.pop(COMMANDS[command], None)
     runpy.run_module(COMMANDS[command], run_name="__main__")

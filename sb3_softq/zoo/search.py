@@ -39,10 +39,9 @@ def sample_softq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additi
         "value_particles_pow": trial.suggest_int("value_particles_pow", 0, 3),
         "actor_particles_pow": trial.suggest_int("actor_particles_pow", 1, 3),
         "log_std_init": trial.suggest_float("log_std_init", -2.5, 0.0),
-        "n_actions": n_actions,
+        # no choice: a trial holds what was suggested, and who loads it has nothing else
+        "n_actions": trial.suggest_int("n_actions", n_actions, n_actions),
     }
-    # for those who load a trial, which holds only what was suggested
-    trial.set_user_attr("n_actions", n_actions)
     return convert_softq_params(params)
 
 
@@ -72,6 +71,7 @@ def convert_softq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
             "batch_norm": "tau" not in sampled_params,
         },
     }
+    # not in trials of release 0.1.0
     if "n_actions" in sampled_params:
         result["target_entropy"] = sampled_params["target_entropy_per_dim"] * sampled_params["n_actions"]
     return result
