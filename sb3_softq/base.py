@@ -64,7 +64,7 @@ class MaximumEntropyAlgorithm(LoggedData):
         self.target_update_interval = target_update_interval
         self.ent_coef_learning_rate = ent_coef_learning_rate
         # What load() has to find the parameters of
-        self._learned_ent_coef = isinstance(ent_coef, str)
+        self._learned_ent_coef = isinstance(number_from_string(ent_coef), str)
         # Log of the temperature and its optimizer when it is learned
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef_optimizer: th.optim.Optimizer | None = None

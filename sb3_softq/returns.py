@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import TensorDict
 from typing_extensions import Self
 
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_flag
 from sb3_softq.critic import ParticleCritic
 from sb3_softq.data import Trajectory
+from sb3_softq.policies import SoftQPolicy
 
 # The largest return that has been seen is at most so many times the scale (SimbaV2)
 LARGEST_RETURN = 5.0
@@ -30,6 +32,7 @@ class ReturnScale:
     :param count: Their number
     :param largest: Largest magnitude of one
     :param running: Return of each environment so far; empty at the start
+    :param is_raw: Whether rewards are taken in before VecNormalize divides them; earlier agents did so after it
     """
 
     mean: float = 0.0
@@ -37,6 +40,7 @@ class ReturnScale:
     count: int = 0
     largest: float = 0.0
     running: list[float] = field(default_factory=list)
+    is_raw: bool = False
 
     def observe(self, rewards: np.ndarray, terminates: np.ndarray, gamma: float) -> None:
         """
@@ -57,22 +61,40 @@ class ReturnScale:
         self.mean += delta * n / total
         self.count = total
 
-    def observe_buffer(self, buffer: ReplayBuffer, gamma: float) -> None:
+    def observe_buffer(self, buffer: ReplayBuffer, gamma: float, bonus: float = 0.0) -> None:
         """
         Take in the transitions of a replay buffer, for instance one that was loaded, from the oldest on.
 
         :param buffer: Replay buffer
         :param gamma: Discount factor
+        :param bonus: What a step earns beside its reward
         """
         first = buffer.pos if buffer.full else 0
         for row in np.arange(first, first + buffer.size()) % buffer.buffer_size:
             terminates = buffer.dones[row] * (1.0 - buffer.timeouts[row])
-            self.observe(buffer.rewards[row].astype(np.float64), terminates, gamma)
+            self.observe(buffer.rewards[row].astype(np.float64) + bonus, terminates, gamma)
         self.begin()
 
     def begin(self) -> None:
         """Other episodes begin."""
         self.running = []
+
+    def at_least(self, scale: float) -> None:
+        """
+        Never fall below a scale.
+
+        :param scale: Of what has been learned elsewhere
+        """
+        self.largest = max(self.largest, LARGEST_RETURN * scale)
+
+    def multiply(self, factor: float) -> None:
+        """
+        Change the unit of the rewards that were seen.
+
+        :param factor: Size of the old unit in the new one
+        """
+        self.mean, self.var, self.largest = self.mean * factor, self.var * factor**2, self.largest * factor
+        self.running = [value * factor for value in self.running]
 
     @property
     def value(self) -> float:
@@ -89,15 +111,18 @@ class ScaledReturns(MaximumEntropyAlgorithm):
     :param normalize_rewards: Whether there is a scale, or all is in the environment's units
     """
 
+    policy: SoftQPolicy
     critic: ParticleCritic
     plain_objects: ClassVar[dict[str, type]] = {"returns": ReturnScale}
     # for agents of release 0.1.0, whose critics predict a number
     has_histograms = False
+    # load() has set the returns, and sets the parameters that belong to them
+    _awaits_parameters = False
 
     def __init__(self, *args: Any, normalize_rewards: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.normalize_rewards = normalize_rewards
-        self.returns = ReturnScale()
+        self.returns = ReturnScale(is_raw=True)
 
     @property
     def ent_coef_tensor(self) -> th.Tensor:
@@ -120,10 +145,23 @@ class ScaledReturns(MaximumEntropyAlgorithm):
                     "that a histogram could end at: it must be 1"
                 )
 
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._awaits_parameters = self._is_loaded
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        if not self._awaits_parameters and self.policy.n_averaged > 0:
+            # what they have learned is in units of their scale
+            self.returns.at_least(self.critic.return_scale.item() * self._reward_unit())
+        self._awaits_parameters = False
+
     def set_data(self, trajectories: Iterable[Trajectory] | None, share: float = 0.5) -> Self:
         super().set_data(trajectories, share)
         if self.logged_data is not None:
-            self.returns.observe_buffer(self.logged_data, self.gamma)
+            self._observe_buffer(self.logged_data)
         return self
 
     def _begin_learning(self, reset_num_timesteps: bool) -> None:
@@ -143,8 +181,14 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         self._observe_loaded()
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         terminates = dones & ~np.array([info.get("TimeLimit.truncated", False) for info in infos])
+        if self._vec_normalize_env is not None:
+            # its first ones are divided by next to nothing
+            reward = self._vec_normalize_env.get_original_reward()
         rewards = np.asarray(reward, dtype=np.float64) + self._entropy_bonus()
         self.returns.observe(rewards, terminates, self.gamma)
+
+    def _observe_buffer(self, buffer: ReplayBuffer) -> None:
+        self.returns.observe_buffer(buffer, self.gamma, self._entropy_bonus())
 
     def _entropy_bonus(self) -> float:
         """What a step earns beside its reward where the temperature is fixed, so that soft returns are what is measured."""
@@ -152,7 +196,12 @@ class ScaledReturns(MaximumEntropyAlgorithm):
             return 0.0
         # actions are uniform before the first update
         entropy = self._entropy_bounds()[1] if self._policy_entropy is None else self._policy_entropy
-        return self._fixed_ent_coef() * entropy
+        return self._fixed_ent_coef() * entropy * self._reward_unit()
+
+    def _reward_unit(self) -> float:
+        """By which VecNormalize divides rewards before they are learned from, 1 without it."""
+        env = self._vec_normalize_env
+        return 1.0 if env is None or not env.norm_reward else float(np.sqrt(env.ret_rms.var + env.epsilon))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({"returns": ReturnScale(), "normalize_rewards": False} | state)
@@ -164,10 +213,16 @@ class ScaledReturns(MaximumEntropyAlgorithm):
 
     def _set_return_scale(self) -> None:
         self._observe_loaded()
-        self.critic.return_scale.fill_(self.returns.value)
+        self.critic.return_scale.fill_(self.returns.value / self._reward_unit())
 
     def _observe_loaded(self) -> None:
         """Before the first step, and where there is none: a replay buffer that came from elsewhere."""
         assert self.replay_buffer is not None
+        if not self.returns.is_raw:
+            self.returns.multiply(self._reward_unit())
+            self.returns.is_raw = True
         if self.returns.count == 0:
-            self.returns.observe_buffer(self.replay_buffer, self.gamma)
+            self._observe_buffer(self.replay_buffer)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_awaits_parameters"]

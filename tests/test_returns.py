@@ -13,6 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_softq import SoftQ
+from sb3_softq.data import from_agent
 from sb3_softq.returns import LARGEST_RETURN, ReturnScale
 from tests.conftest import Ends, small
 
@@ -132,11 +133,66 @@ def test_histograms_need_the_scale():
     assert small().critic.n_bins == 101
 
 
-def test_vec_normalize_before_it():
-    """The rewards that are learned from are those of VecNormalize: about 1 already."""
-    env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2))
-    model = small(env=env).learn(200)
-    assert 0.1 < model.critic.return_scale.item() < 10.0
+@pytest.mark.parametrize("gamma", [0.99, 0.9])
+def test_vec_normalize_before_it(gamma):
+    """As if the rewards of all steps had been normalised as they are now: the first ones were divided by next to nothing."""
+    env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2), gamma=gamma)
+    model = small(env=env, gamma=gamma, buffer_size=2000).learn(1000)
+    replayed = ReturnScale()
+    for row in range(500):
+        replayed.observe(env.normalize_reward(model.replay_buffer.rewards[row].astype(np.float64)), np.zeros(2), gamma)
+    assert replayed.largest < 10.0
+    model.train(1, 32)
+    assert model.critic.return_scale.item() == pytest.approx(replayed.value, rel=0.02)
+
+
+def test_agents_that_have_seen_normalised_rewards(tmp_path):
+    """As earlier ones have: their statistics get the unit of the rewards."""
+    env = VecNormalize(make_vec_env("Pendulum-v1"))
+    model = small(env=env).learn(100)
+    value, unit = model.returns.value, model._reward_unit()
+    model.returns.multiply(1.0 / unit)
+    model.returns.is_raw = False
+    for name in ("agent.zip", "agent.safetensors"):
+        model.save(tmp_path / name)
+        loaded = SoftQ.load(tmp_path / name, env=env)
+        loaded._set_return_scale()
+        assert loaded.returns.value == pytest.approx(value)
+        assert loaded.critic.return_scale.item() == pytest.approx(value / unit)
+
+
+@pytest.mark.parametrize("way", ["pretrain", "load_replay_buffer"])
+def test_transitions_from_elsewhere_count_the_entropy_too(tmp_path, way):
+    env = gym.make("Pendulum-v1")
+    collected = small(env=env, ent_coef=1e4, learning_starts=10**6).learn(200)
+    model = small(env=env, ent_coef=1e4, learning_starts=0)
+    if way == "pretrain":
+        model.set_data(from_agent(collected)).pretrain(1)
+    else:
+        collected.save_replay_buffer(tmp_path / "buffer.pkl")
+        model.load_replay_buffer(tmp_path / "buffer.pkl")
+        model.learn(1)
+    assert model.critic.return_scale.item() == pytest.approx(collected.returns.value, rel=0.05)
+
+
+def test_parameters_of_another_agent_keep_their_unit(tmp_path):
+    """What the critics have learned would be multiplied by the first scale that is seen here."""
+    model = scaled_run(1.0)
+    model.save(tmp_path / "agent")
+    scale = model.critic.return_scale.item()
+    obs, actions = np.zeros((5, 3), dtype=np.float32), np.linspace(-2, 2, 5, dtype=np.float32)[:, None]
+    for parameters in (tmp_path / "agent", model.get_parameters()):
+        other = small(env="Pendulum-v1", seed=1, learning_starts=0, learning_rate=1e-12)
+        other.set_parameters(parameters)
+        np.testing.assert_allclose(other.q_values(obs, actions), model.q_values(obs, actions), rtol=1e-5)
+        for _ in range(3):
+            other.learn(2, reset_num_timesteps=False)
+            # of small rewards so far
+            assert other.critic.return_scale.item() == pytest.approx(scale, rel=1e-6)
+    # one that has learned nothing has no unit
+    fresh, other = small(env="Pendulum-v1"), small(env="Pendulum-v1", seed=1)
+    other.set_parameters(fresh.get_parameters())
+    assert other.returns.largest == 0.0
 
 
 def test_saved_and_loaded(tmp_path):
@@ -145,6 +201,7 @@ def test_saved_and_loaded(tmp_path):
     for trusted in (True, False):
         loaded = SoftQ.load(tmp_path / "agent", env=model.get_env(), trusted=trusted)
         assert loaded.returns == model.returns
+        assert loaded.returns.is_raw
         assert th.equal(loaded.critic.return_scale, model.critic.return_scale)
         loaded.learn(30, reset_num_timesteps=False)
         assert loaded.returns.count == 130

@@ -20,7 +20,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule, set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_softq import SoftQ
+from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.policies import SamplingActor, SoftQPolicy
 from tests.conftest import small
 
@@ -163,6 +163,15 @@ def test_a_learned_temperature_stays_learned(tmp_path, saved, loaded):
     make(ent_coef=saved).save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"ent_coef=.* is not allowed: it was (learned|fixed)"):
         load(tmp_path / "model", ent_coef=loaded)
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+def test_a_temperature_that_a_string_spells_is_fixed(tmp_path, algorithm):
+    model = small(algorithm, env="CartPole-v1" if algorithm is DiscreteSoftQ else "Pendulum-v1", ent_coef="0.1").learn(20)
+    for name in ("agent.zip", "agent.safetensors"):
+        model.save(tmp_path / name)
+        assert algorithm.load(tmp_path / name).ent_coef == 0.1
+    assert model.log_ent_coef is None
 
 
 def test_a_fixed_temperature_can_be_annealed(tmp_path):
