@@ -331,19 +331,18 @@ class SamplingActor(Freezable, BasePolicy):
 
     def mode(self, obs: PyTorchObs) -> th.Tensor:
         """
-        A mode of the density, which no critic is asked for: the particle of no noise of the expert that weighs most, moved by
-        mean-shift over the fixed particles. Close to the mean where there is one mode, and to one of the modes where there
-        are several.
+        A mode of the density, which no critic is asked for: of the fixed particles the one of most density, moved by
+        mean-shift over them. Close to the mean where there is one mode, and to one of the modes where there are several.
 
         :param obs: Observations
         :return: Pre-tanh actions, shape (batch_size, action_dim)
         """
         features = self.features(obs)
         mean, log_std = self.particles(features, self.xi_bank.unsqueeze(0))
-        log_weights = th.log(self.gate_probs(features))
-        heaviest = log_weights.argmax(dim=1)[:, None, None].expand(-1, 1, self.action_dim)
-        log_weights = log_weights.repeat(1, len(self.xi_bank) // self.n_experts)
-        return mixture_mode(mean.gather(1, heaviest).squeeze(1), mean, log_std, log_weights)
+        log_weights = th.log(self.gate_probs(features)).repeat(1, len(self.xi_bank) // self.n_experts)
+        densest = mixture_log_prob(mean, mean, log_std, log_weights).argmax(dim=1)
+        start = mean.gather(1, densest[:, None, None].expand(-1, 1, self.action_dim)).squeeze(1)
+        return mixture_mode(start, mean, log_std, log_weights)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         u = self.mode(obs) if deterministic else self.sample(obs).squeeze(1)

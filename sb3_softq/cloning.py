@@ -6,11 +6,11 @@ from typing import TypeVar
 import torch as th
 
 from sb3_softq.actor import SamplingActor
+from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_integer
 from sb3_softq.finite import check_parameters
-from sb3_softq.logged_data import LoggedData
 from sb3_softq.optimization import LossAndStats, minimize
-from sb3_softq.policies import SoftQPolicy
+from sb3_softq.policies import MATURE, SoftQPolicy
 from sb3_softq.soft_value import mixture_log_prob, tanh_log_det
 
 # Particles of each expert in the density
@@ -21,7 +21,7 @@ LARGEST_ACTION = 0.999
 SelfCloning = TypeVar("SelfCloning", bound="BehaviourCloning")
 
 
-class BehaviourCloning(LoggedData):
+class BehaviourCloning(MaximumEntropyAlgorithm):
     """Mixin of :class:`sb3_softq.SoftQ`: imitation."""
 
     policy: SoftQPolicy
@@ -47,6 +47,9 @@ class BehaviourCloning(LoggedData):
         self.policy.set_training_mode(True)
         losses = []
         for i in range(1, n_updates + 1):
+            # schedules run from the first to the last update
+            self._update_current_progress_remaining(i - 1, n_updates)
+            self._update_learning_rates()
             data = self.logged_data.sample(self.batch_size, env=self._vec_normalize_env)
             args = (self, data.observations, data.actions)
             stats = minimize(type(self).cloning_loss, args, self.actor.optimizer, self.device, self.bfloat16, self.compile)
@@ -56,6 +59,8 @@ class BehaviourCloning(LoggedData):
                 self.logger.record("train/cloning_loss", th.stack(losses).mean().item())
                 self.logger.dump(i)
                 losses = []
+        # not by the critics, who know nothing of these actions
+        self.policy.n_averaged = MATURE
         check_parameters(self.policy, self.num_timesteps)
         return self
 

@@ -61,10 +61,12 @@ class LoggedData(CheckedOffPolicyAlgorithm):
         self._begin_offline("pretrain")
         self._is_offline = True
         try:
-            for done in range(0, n_updates, log_interval):
+            for done in range(n_updates):
+                # schedules run from the first to the last update
                 self._update_current_progress_remaining(done, n_updates)
-                self.train(min(log_interval, n_updates - done), self.batch_size)
-                self.logger.dump(self._n_updates)
+                self.train(1, self.batch_size)
+                if (done + 1) % log_interval == 0 or done + 1 == n_updates:
+                    self.logger.dump(self._n_updates)
         finally:
             self._is_offline = False
         check_parameters(self.policy, self.num_timesteps)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
@@ -32,6 +33,12 @@ CRITIC_BETAS = (0.5, 0.999)
 AVERAGING_PARTS = 9
 # Of the critics' histograms, as C51 and SimbaV2 have it
 N_BINS = 101
+# Of the policy, that it keeps, beside those of Stable-Baselines3's
+_ARGUMENTS = (
+    *("net_arch", "activation_fn", "smoothing", "log_std_init", "head_arch", "n_experts", "n_critics", "optimizer_class"),
+    *("optimizer_kwargs", "features_extractor_class", "features_extractor_kwargs", "share_features_extractor", "batch_norm"),
+    "n_bins",
+)
 # Number of updates behind an EMA actor that has come from elsewhere: it is no beginner's
 MATURE = 1e9
 
@@ -154,27 +161,9 @@ class SoftQPolicy(BasePolicy):
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data.update(
-            dict(
-                net_arch=self.net_arch,
-                activation_fn=self.activation_fn,
-                smoothing=self.smoothing,
-                log_std_init=self.log_std_init,
-                head_arch=self.head_arch,
-                n_experts=self.n_experts,
-                n_critics=self.n_critics,
-                lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
-                optimizer_class=self.optimizer_class,
-                optimizer_kwargs=self.optimizer_kwargs,
-                features_extractor_class=self.features_extractor_class,
-                features_extractor_kwargs=self.features_extractor_kwargs,
-                share_features_extractor=self.share_features_extractor,
-                batch_norm=self.batch_norm,
-                n_bins=self.n_bins,
-            )
-        )
-        return data
+        # dummy lr schedule, not needed for loading policy alone
+        own = {name: getattr(self, name) for name in _ARGUMENTS} | dict(lr_schedule=self._dummy_schedule)
+        return super()._get_constructor_parameters() | own
 
     def _net_kwargs(self, arch: list[int], features_extractor: BaseFeaturesExtractor | None) -> dict[str, Any]:
         kwargs = dict(
@@ -346,6 +335,12 @@ class SoftQPolicy(BasePolicy):
             self._follow()
         return result
 
+    def load_from_vector(self, vector: np.ndarray) -> None:
+        super().load_from_vector(vector)
+        # The EMA actor came with the actor; the statistics of batch normalisation, by which critics could choose, did not
+        self._follow()
+        self.n_averaged = MATURE
+
     def __getstate__(self) -> dict[str, Any]:
         self.sync_ema_actor()
         return self.__dict__.copy()
@@ -357,9 +352,7 @@ class SoftQPolicy(BasePolicy):
         # the parameters of a copy count anew
         self._ema_version = self._actor_version()
         # they did not have these
-        self.__dict__.setdefault("n_averaged", MATURE)
-        self.__dict__.setdefault("n_experts", 1)
-        self.__dict__.setdefault("n_bins", 1)
+        self.__dict__.update({"n_averaged": MATURE, "n_experts": 1, "n_bins": 1} | self.__dict__)
         self.register_buffer("_ema_bias", self._output_bias().clone(), persistent=False)
         self.ema_actor.freeze()
         if self.critic_target is not None:

@@ -1,5 +1,7 @@
 """Logged data: they lie in a replay buffer as the environment gave them, and an agent learns from them, offline and online."""
 
+from unittest.mock import patch
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -136,6 +138,26 @@ def test_normalised_as_the_environment_is():
     assert distances.min(axis=1).max() < 1e-5
 
 
+@pytest.mark.parametrize("way", ["set_data", "load_replay_buffer"])
+def test_the_scale_of_returns_is_that_of_normalised_rewards(tmp_path, way):
+    """Buffers hold rewards as the environment gives them."""
+
+    def make_env():
+        return gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: 100.0 * float(reward))
+
+    logged = small(env=make_env(), learning_starts=10**6, buffer_size=1000).learn(1000)
+    logged.save_replay_buffer(tmp_path / "buffer.pkl")
+    model = small(env=VecNormalize(DummyVecEnv([make_env])), learning_starts=200, buffer_size=1000)
+    if way == "set_data":
+        model.set_data(from_agent(logged))
+    else:
+        model.load_replay_buffer(tmp_path / "buffer.pkl")
+    model.learn(500)
+    assert model.returns.count == 1500
+    # returns of rewards that are divided by the standard deviation of returns
+    assert 0.5 < model.critic.return_scale.item() < 2.0
+
+
 class Aim(gym.Env):
     """One step: act near half of the observation, rewards up to 0."""
 
@@ -184,6 +206,68 @@ def test_the_actor_learns_both_ways_of_a_demonstration():
         modes, shares = model.modes(np.array([x, 0.0, 0.0], dtype=np.float32), min_share=0.05)
         assert modes.ravel() == pytest.approx([1.0 + 0.4 * x, -1.0 - 0.4 * x], abs=0.2)
         assert shares == pytest.approx([0.7, 0.3], abs=0.12)
+
+
+def test_the_deterministic_action_of_an_imitation_is_the_more_frequent_one():
+    """The critics, who have learned nothing, are not asked."""
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1.0, 1.0, (1001, 3)).astype(np.float32)
+    way = rng.choice([-1.0, 1.0], 1000, p=[0.1, 0.9])
+    actions = (way * (1.0 + 0.4 * obs[:1000, 0]) + 0.1 * rng.standard_normal(1000))[:, None]
+    model = SoftQ("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=[32]), batch_size=64, seed=0, device="cpu")
+    model.set_data([Trajectory(obs, actions, np.zeros(1000), False)]).clone_behaviour(600)
+    new = rng.uniform(-1.0, 1.0, (200, 3)).astype(np.float32)
+    found = model.predict(new, deterministic=True)[0].ravel()
+    assert np.abs(found - (1.0 + 0.4 * new[:, 0])).max() < 0.2
+    # until the critics have taught the actor something else
+    model.pretrain(1)
+    assert not np.array_equal(model.predict(new, deterministic=True)[0].ravel(), found)
+
+
+@pytest.mark.parametrize("log_interval", [1, 7, 1000])
+def test_schedules_run_from_the_first_to_the_last_update(log_interval):
+    """However often the log is written."""
+    seen, rates = [], []
+
+    def schedule(progress):
+        seen.append(progress)
+        return 1e-3 * progress + 1e-9
+
+    model = small(env=RandomEnv(ACTIONS), learning_rate=schedule, actor_learning_rate=schedule, ent_coef=0.1)
+    model.set_data(collect(RandomEnv(ACTIONS)))
+    minimize = SoftQ.actor_loss
+
+    def actor_loss(self, *args):
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in self._optimizers()])
+        return minimize(self, *args)
+
+    with patch.object(SoftQ, "actor_loss", actor_loss):
+        model.pretrain(20, log_interval=log_interval)
+    expected = [1e-3 * (1 - i / 20) + 1e-9 for i in range(20)]
+    assert [rate for rate, _ in rates] == pytest.approx(expected)
+    assert [rate for _, rate in rates] == pytest.approx(expected)
+    # the temperature's factor does so too
+    assert model._annealing() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_cloning_has_the_actors_learning_rate():
+    rates = []
+
+    class Cloning(SoftQ):
+        def cloning_loss(self, *args):
+            rates.append(self.actor.optimizer.param_groups[0]["lr"])
+            return super().cloning_loss(*args)
+
+    data = collect(RandomEnv(ACTIONS))
+    for kwargs, expected in (
+        ({}, np.linspace(1e-3, 3e-4, 11)[:10]),
+        (dict(actor_learning_rate=1e-5), [1e-5] * 10),
+        (dict(actor_learning_rate=lambda progress: 1e-4 * progress), np.linspace(1e-4, 0.0, 11)[:10]),
+    ):
+        model = small(Cloning, env=RandomEnv(ACTIONS), **kwargs).set_data(data)
+        model.clone_behaviour(10, log_interval=3)
+        assert rates == pytest.approx(list(expected))
+        rates.clear()
 
 
 def test_discrete_actions():
