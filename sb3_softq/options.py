@@ -66,16 +66,23 @@ class ParticleOptions:
         if self.kernel == "delta" and self.repulsion == "kernel":
             raise ValueError("repulsion='kernel' is not allowed with kernel='delta', which has none: it must be 'density'")
 
-    def check(self, n_actor_particles: int, smoothing: str) -> None:
+    def check(self, n_actor_particles: int, smoothing: str, n_experts: int) -> None:
         """
         :param n_actor_particles: Number of particles per state in an actor update
         :param smoothing: Of the sampling actor
+        :param n_experts: Of the sampling actor
         :raises ValueError: if the options do not fit them
         """
         if self.kernel_update_ratio is not None and n_actor_particles < 2:
             raise ValueError(
                 f"n_actor_particles={n_actor_particles} is not allowed with kernel_update_ratio={self.kernel_update_ratio}, "
                 "which splits them: it must be an integer >= 2"
+            )
+        if n_experts > 1 and (self.n_fixed_particles(n_actor_particles) or n_actor_particles) < 2:
+            split = "" if self.kernel_update_ratio is None else f" and kernel_update_ratio={self.kernel_update_ratio}"
+            raise ValueError(
+                f"n_actor_particles={n_actor_particles}{split} is not allowed with n_experts={n_experts}, whose weights "
+                "follow from comparing particles that the critics are asked for: these must be at least 2"
             )
         if smoothing == "none" and self.repulsion == "density":
             raise ValueError(

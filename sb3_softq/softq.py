@@ -13,7 +13,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, update_learning_rate
 
-from sb3_softq.actor import TEACHING_FLOOR, SamplingActor, entropy_bounds
+from sb3_softq.actor import N_EXPERTS, TEACHING_FLOOR, SamplingActor, entropy_bounds
 from sb3_softq.annealing import Annealing
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_compiler, check_flag, check_learning_rate, check_number
@@ -47,7 +47,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         value 0.01, ``"auto"`` from 1, with ``normalize_rewards`` in units of the returns' scale; a positive float, or a
         function of the progress remaining, sets it, in the environment's units.
     :param n_value_particles: Number K of particles per next state in the soft value
-    :param n_actor_particles: Number of particles per state in an actor update
+    :param n_actor_particles: Number of particles per state in an actor update, at least 2 where there are several experts
     :param compile: Whether the updates are compiled with ``torch.compile``, which takes some seconds at their first call,
         a C++ compiler and a release of torch that traces gradients (2.13 does)
     :param learning_rate: learning rate of critics and actor, float or function of the progress remaining (from 1 to 0); by
@@ -76,9 +76,8 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         returns (:class:`sb3_softq.returns.ReturnScale`), so that rewards may be of any size. All that is asked of the agent
         is in the environment's units. Without it the critics predict a number (``n_bins=1``)
     :param policy_delay: Update the actor and the temperature once every ``policy_delay`` updates of the critics
-    :param actor_learning_rate: that of the actor, float or function of the progress remaining, if it shall differ
-    :param ent_coef_learning_rate: learning rate of the log of the temperature, when it is learned;
-        1e-3 by default, or ``learning_rate`` where that is larger
+    :param actor_learning_rate: learning rate of the actor, float or function of the progress remaining, if it shall differ
+    :param ent_coef_learning_rate: that of the log of a learned temperature; 1e-3 by default, or ``learning_rate`` if larger
     :param bfloat16: Whether matrix products of the updates are done in bfloat16, on hardware that has them fast
     :param particle_options: What SQL (2017) and ablations need, a :class:`sb3_softq.ParticleOptions` or a dict of its fields.
         ``SoftQ(policy, env, ent_coef=..., **sb3_softq.SQL_2017)`` is SQL (2017).
@@ -338,7 +337,8 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         if self.actor_learning_rate is not None:
             check_learning_rate("actor_learning_rate", self.actor_learning_rate)
         check_number("actor_tau", self.actor_tau, 0.0, 1.0, open_low=True)
-        self.particle_options.check(self.n_actor_particles, self.policy_kwargs.get("smoothing", "learned"))
+        n_experts = 1 if self._is_loaded else self.policy_kwargs.get("n_experts", N_EXPERTS)  # saved agents are not refused
+        self.particle_options.check(self.n_actor_particles, self.policy_kwargs.get("smoothing", "learned"), n_experts)
         if self.batch_size == 1 and self.policy_kwargs.get("batch_norm", True):
             raise ValueError(
                 "batch_size=1 is not allowed: it must be an integer >= 2 with batch normalisation "

@@ -4,9 +4,12 @@ import re
 
 import numpy as np
 import pytest
+import torch as th
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sb3_softq import SQL_2017, ParticleOptions
-from tests.conftest import refused, tiny
+from tests.conftest import flat, refused, tiny
 
 NAN, INF = float("nan"), float("inf")
 
@@ -51,7 +54,38 @@ def test_kernel_update_ratio_splits_particles_of_a_kernel(kwargs):
 def test_one_particle_cannot_be_split():
     with pytest.raises(ValueError, match=r"n_actor_particles=1 is not allowed with kernel_update_ratio=0\.5.*integer >= 2"):
         tiny(kernel_update_ratio=0.5, n_actor_particles=1)
-    tiny(kernel_update_ratio=0.5, n_actor_particles=2)
+    tiny(kernel_update_ratio=0.5, n_actor_particles=2, policy_kwargs=dict(n_experts=1))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "name"),
+    [
+        (dict(n_actor_particles=1), "n_actor_particles=1"),
+        (dict(n_actor_particles=2, kernel_update_ratio=0.5), "n_actor_particles=2 and kernel_update_ratio=0.5"),
+        (dict(n_actor_particles=4, kernel_update_ratio=0.8), "n_actor_particles=4 and kernel_update_ratio=0.8"),
+    ],
+)
+def test_experts_are_weighed_by_comparison(kwargs, name):
+    """A gate that nothing teaches would leave all experts their weight."""
+    with pytest.raises(ValueError, match=re.escape(name) + r" is not allowed with n_experts=16, .* must be at least 2"):
+        tiny(**kwargs)
+    with pytest.raises(ValueError, match=r"with n_experts=2, "):
+        tiny(**kwargs, policy_kwargs=dict(n_experts=2))
+    tiny(**kwargs, policy_kwargs=dict(n_experts=1)).learn(8)
+
+
+@settings(max_examples=10, deadline=None)
+@given(n_particles=st.integers(2, 6), ratio=st.none() | st.floats(0.05, 0.95))
+def test_whatever_is_accepted_teaches_the_gate(n_particles, ratio):
+    options = {} if ratio is None else {"kernel_update_ratio": ratio}
+    if 0 < ParticleOptions(**options).n_fixed_particles(n_particles) < 2:
+        with pytest.raises(ValueError, match="n_experts=16"):
+            tiny(n_actor_particles=n_particles, **options)
+        return
+    model = tiny(n_actor_particles=n_particles, **options)
+    before = flat(model.actor.gate)
+    model.learn(8)
+    assert not th.equal(flat(model.actor.gate), before)
 
 
 @pytest.mark.parametrize("value", [3, "kernel", ["kernel"], True])

@@ -114,7 +114,9 @@ def test_it_trains_with_the_repulsion_of_the_kernel(smoothing, kernel_update_rat
 @pytest.mark.parametrize("kernel", ["rbf", "delta"])
 @pytest.mark.parametrize("n_actor_particles", [1, 2, 5])
 def test_it_trains_with_the_repulsion_of_the_density(smoothing, kernel, n_actor_particles):
-    model = small(kernel=kernel, n_actor_particles=n_actor_particles, n_actor_states=3, policy_kwargs={"smoothing": smoothing})
+    # experts are compared
+    policy_kwargs = {"smoothing": smoothing, "n_experts": 16 if n_actor_particles > 1 else 1}
+    model = small(kernel=kernel, n_actor_particles=n_actor_particles, n_actor_states=3, policy_kwargs=policy_kwargs)
     check_training(model)
 
 
