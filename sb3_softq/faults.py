@@ -49,20 +49,43 @@ class CheckedDummyVecEnv(DummyVecEnv):
 class WatchedPipe:
     """
     A pipe to the process of an environment, which tells when that has ended: with ``start_method="fork"`` other processes
-    hold the pipe's other end too, and SB3 would wait for ever.
+    hold the pipe's other end too, and SB3 would wait for ever. After the first failure of any of them all can be closed, and
+    nothing else.
 
     :param pipe: That of the vectorized environment
     :param process: At its other end
     :param index: Of the environment
+    :param failed: Indices of the environments that have failed, which all of them share
     """
 
-    def __init__(self, pipe: Any, process: Any, index: int):
-        self.pipe, self.process, self.index = pipe, process, index
+    def __init__(self, pipe: Any, process: Any, index: int, failed: set[int]):
+        self.pipe, self.process, self.index, self.failed = pipe, process, index, failed
         #: Seconds that an answer may take, None for ever
         self.timeout: float | None = None
+        # how many answers are to come
+        self._owed = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe, name)
+
+    def send(self, message: tuple[str, Any]) -> None:
+        """
+        Ask for something.
+
+        :param message: Name of what is asked for, and what belongs to it
+        :raises OSError: if the process, or that of another environment, has ended
+        """
+        closes = message[0] == "close"
+        if self.failed and not closes:
+            raise BrokenPipeError(f"environment {min(self.failed)} has failed before")
+        try:
+            self.pipe.send(message)
+        except OSError:
+            self.failed.add(self.index)
+            if not closes:
+                raise
+        else:
+            self._owed += not closes
 
     def recv(self) -> Any:
         """
@@ -71,6 +94,21 @@ class WatchedPipe:
         :raises EOFError: if the process has ended
         :raises TimeoutError: if it takes too long; the process is killed
         """
+        if self._owed == 0:
+            # close() waits for the answers to a step of which one has failed, and the others may be there already
+            return None
+        self._owed -= 1
+        try:
+            self._wait()
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            is_first = not self.failed
+            self.failed.add(self.index)
+            if is_first:
+                raise
+            return None
+
+    def _wait(self) -> None:
         begin = time.monotonic()
         while not self.pipe.poll(PROCESS_CHECK if self.timeout is None else min(PROCESS_CHECK, self.timeout)):
             # what it has sent before its end counts
@@ -81,7 +119,6 @@ class WatchedPipe:
                 error = TimeoutError(f"it has not answered within timeout={self.timeout:g} seconds, its process was killed")
                 error.env_idx = self.index  # type: ignore[attr-defined]
                 raise error
-        return self.pipe.recv()
 
 
 def watch(env: VecEnv) -> None:
@@ -95,8 +132,8 @@ def watch(env: VecEnv) -> None:
     if type(inner) is DummyVecEnv:
         inner.__class__ = CheckedDummyVecEnv
     elif isinstance(inner, SubprocVecEnv) and not isinstance(inner.remotes[0], WatchedPipe):
-        pipes = zip(inner.remotes, inner.processes, strict=True)
-        inner.remotes = tuple(WatchedPipe(pipe, process, index) for index, (pipe, process) in enumerate(pipes))
+        pipes, failed = zip(inner.remotes, inner.processes, strict=True), set[int]()
+        inner.remotes = tuple(WatchedPipe(pipe, process, index, failed) for index, (pipe, process) in enumerate(pipes))
 
 
 def set_timeout(env: VecEnv, seconds: float | None) -> None:

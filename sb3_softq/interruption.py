@@ -3,11 +3,15 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import SubprocVecEnv
+
+from sb3_softq.env_state import CALL
 
 # Those that end a process whose program does not know them, and what such a program has for them; Windows has no SIGHUP
 HANDLERS: dict[int, Any] = {
@@ -19,9 +23,30 @@ HANDLERS: dict[int, Any] = {
     )
     if hasattr(signal, name)
 }
+# That the process of an environment has after SIGTERM
+SECONDS_LEFT = 5
 MESSAGE = (
     b"\nCtrl-C: training ends after the rollout, evaluation or save that is going on. Ctrl-C again ends it without a save.\n"
 )
+
+
+def _outlive_signals(env: Any) -> None:
+    """In the process of an environment: the rollout that is going on needs it, and it ends with the training's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    # a second one ends it at once, as when Python ends the processes that it has started
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(SECONDS_LEFT)
+
+
+def _end_by_signals(env: Any) -> None:
+    """As it was before :func:`_outlive_signals`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Interruption:
@@ -45,6 +70,17 @@ class Interruption:
         self._watched = [number for number, handler in HANDLERS.items() if signal.getsignal(number) is handler]
         for number in self._watched:
             signal.signal(number, self._on_signal)
+        if {signal.SIGINT, signal.SIGTERM} <= set(self._watched):
+            # the system, or a terminal, signals to all processes
+            self._tell_environments(_outlive_signals)
+
+    def _tell_environments(self, what: Callable[[Any], None]) -> None:
+        env = None if self._model is None else self._model.get_env()
+        workers = None if env is None else env.unwrapped
+        if isinstance(workers, SubprocVecEnv) and not workers.waiting and not workers.closed:
+            # one that has ended will be told of by a step
+            with suppress(EOFError, OSError):
+                workers.env_method(CALL, what)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -70,6 +106,8 @@ class Interruption:
         for number in self._watched:
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, HANDLERS[number])
+        if {signal.SIGINT, signal.SIGTERM} <= set(self._watched):
+            self._tell_environments(_end_by_signals)
         self._watched = []
 
     def end_process(self) -> None:

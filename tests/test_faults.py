@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import timeit
 from copy import deepcopy
@@ -108,9 +109,9 @@ def no_processes_left():
 
 
 def environments(fault, n_envs=2, vec_env=DummyVecEnv, bad=1, **kwargs):
-    """Several, of which one has the fault."""
-    bad = min(bad, n_envs - 1)
-    fns = [lambda i=i: Faulty(fault, **kwargs | ({"at": 10**9} if i != bad else {})) for i in range(n_envs)]
+    """Several, of which one has the fault, or those of a tuple."""
+    bad = bad if isinstance(bad, tuple) else (min(bad, n_envs - 1),)
+    fns = [lambda i=i: Faulty(fault, **kwargs | ({} if i in bad else {"at": 10**9})) for i in range(n_envs)]
     return vec_env(fns)
 
 
@@ -303,6 +304,37 @@ def test_faults_in_processes(tmp_path, fault, capfd):
     else:
         assert "nvironment 1 " in str(error)
     check_saved(tmp_path, model)
+    check_closing(model.env)
+
+
+def check_closing(env):
+    """It waits for no answer that has come, or will never come."""
+    closing = threading.Thread(target=env.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert env.unwrapped.closed
+    assert not any(process.is_alive() for process in env.unwrapped.processes)
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_two_processes_that_fail_in_the_same_step(tmp_path, fault):
+    env = environments(fault, 3, partial(SubprocVecEnv, start_method="fork"), bad=(0, 2))
+    set_timeout(env, 0.5)
+    model = agent(env)
+    fails(model, tmp_path, f"^Environment 0 failed at step {3 * BAD_STEP}: ")
+    check_closing(model.env)
+
+
+def test_nothing_is_asked_after_a_failure():
+    """An answer that is late would be taken for another one."""
+    env = environments("dies", 3, partial(SubprocVecEnv, start_method="fork"))
+    with pytest.raises(FaultyEnvironmentError):
+        agent(env).learn(100)
+    for ask in (env.reset, partial(env.get_attr, "spec"), partial(env.step, env.action_space.sample())):
+        with pytest.raises(BrokenPipeError, match="environment 1 has failed before"):
+            ask()
+    check_closing(env)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +347,7 @@ def test_processes_that_end(tmp_path, fault, ending, start_method, n_envs):
     bad = min(1, n_envs - 1)
     fails(model, tmp_path, rf"^Environment {bad} failed at step {n_envs * BAD_STEP}: its process {ending}")
     check_saved(tmp_path, model)
+    check_closing(model.env)
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
@@ -326,6 +359,7 @@ def test_processes_that_hang(tmp_path, n_envs):
     error = fails(model, tmp_path, rf"^Environment {bad} failed at step {n_envs * BAD_STEP}: .* within timeout=0.5 seconds")
     assert isinstance(error.__cause__, TimeoutError)
     check_saved(tmp_path, model)
+    check_closing(model.env)
     for seconds in (0, -1.0, "1"):
         with pytest.raises(ValueError, match="seconds="):
             set_timeout(env, seconds)

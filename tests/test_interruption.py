@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_softq import DiscreteSoftQ, SoftQ
-from sb3_softq.checkpoint import resume, steps_done
+from sb3_softq.checkpoint import ResumableCheckpoint, resume, steps_done
+from tests.conftest import small
 from tests.test_checkpoint import ROOT, left
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -183,24 +185,40 @@ except KeyboardInterrupt:
     assert whole(tmp_path) == 100
 
 
-def test_ctrl_c_that_ends_the_processes_of_environments(tmp_path):
-    """A terminal sends it to all of them."""
-    code = """
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 128 + signal.SIGTERM)])
+@pytest.mark.parametrize("algorithm", [SoftQ, SAC])
+def test_signals_to_the_processes_of_environments(tmp_path, algorithm, number, status, start_method):
+    """A terminal or a scheduler sends them to all; the environments live until the rollout is over, and are saved too."""
+    code = f"""
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
 if __name__ == "__main__":
-    env = make_vec_env("Pendulum-v1", 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs=dict(start_method="fork"))
-    model = SoftQ("MlpPolicy", env, policy_kwargs=dict(net_arch=[8]), learning_starts=1000)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    env = make_vec_env("Pendulum-v1", 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs=dict(start_method="{start_method}"))
+    model = {algorithm.__name__}("MlpPolicy", env, policy_kwargs=dict(net_arch=[8]), learning_starts=1000)
     model.learn(10**6, [At(100, lambda: print("ready", flush=True)), Talking(10**6, path)])
 """
     with start(code, tmp_path, start_new_session=True) as process:
         assert process.stdout.readline() == "ready\n"
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         output, errors = process.communicate(timeout=60)
-    assert process.returncode == INTERRUPTED, errors
+    assert process.returncode == status, errors
     assert len(re.findall("saved", output)) == 1
-    model = resume(SoftQ, tmp_path, make_vec_env("Pendulum-v1", 2))
+    model = resume(algorithm, tmp_path, make_vec_env("Pendulum-v1", 2))
     assert model.num_timesteps == 2 * model.replay_buffer.size() >= 100
+    # in the middle of an episode
+    assert model._last_obs is not None
+
+
+def test_processes_of_environments_end_by_signals_again(tmp_path):
+    env = make_vec_env("Pendulum-v1", 3, vec_env_cls=SubprocVecEnv)
+    small(env=env, learning_starts=1000).learn(30, ResumableCheckpoint(10**6, tmp_path))
+    for process, number in zip(env.processes, (signal.SIGTERM, signal.SIGINT, 0), strict=True):
+        os.kill(process.pid, number)
+        process.join(10 if number else 0)
+        assert process.is_alive() == (number == 0)
+    env.processes[2].kill()
 
 
 def test_ctrl_c_after_training_has_failed_is_the_programs_own(tmp_path):
