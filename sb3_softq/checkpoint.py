@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_pkl
@@ -237,13 +238,14 @@ class ResumableCheckpoint(BaseCallback):
             saved, linked = save_segments(buffer, temporary, replaced, steps)
         else:
             self.model.save_replay_buffer(temporary / "replay_buffer.pkl")
-        if self._is_between_rollouts:
-            save_environments(self.model, temporary / ENVIRONMENTS)
+        lost = None
+        if self._is_between_rollouts and self.model._last_obs is not None:
+            lost = save_environments(self.model, temporary / ENVIRONMENTS)
         save_random_state(self.model, temporary / "random.json")
         vec_normalize = self.model.get_vec_normalize_env()
         if vec_normalize is not None:
             save_vec_normalize(vec_normalize, temporary / "vec_normalize.json")
-        manifest.write(temporary, self.model, replaced, linked)
+        manifest.write(temporary, self.model, replaced, linked, lost)
 
         for file in (*temporary.iterdir(), temporary):
             if file.name not in linked:
@@ -291,7 +293,7 @@ class ResumableCheckpoint(BaseCallback):
 
 
 def resume(
-    cls: type[SelfOffPolicyAlgorithm], path: str | Path, env: GymEnv, other_env: bool = False, **kwargs: Any
+    cls: type[SelfOffPolicyAlgorithm], path: str | Path, env: GymEnv | str, other_env: bool = False, **kwargs: Any
 ) -> SelfOffPolicyAlgorithm:
     """
     Load the newest checkpoint that is what was written; those that are not are renamed to ``damaged-...``. Training goes on
@@ -305,8 +307,8 @@ def resume(
 
     :param cls: Class of the algorithm, such as ``SoftQ``
     :param path: Folder of the checkpoints
-    :param env: Environment to go on with. The saved statistics of ``VecNormalize`` go into its wrapper of that name, or
-        into a new one around ``env`` if it has none.
+    :param env: Environment to go on with, or its id. The saved statistics of ``VecNormalize`` go into its wrapper of that
+        name, or into a new one around ``env`` if it has none.
     :param other_env: Whether ``env`` may have another id, or other arguments, than the one that was saved
     :param kwargs: Further arguments of ``cls.load``, such as ``device``
     :return: The model as it was saved
@@ -317,7 +319,7 @@ def resume(
     """
     folder, saved = newest_intact(Path(path))
     manifest.check_class(saved, cls)
-    env = env if isinstance(env, VecEnv) else cls._wrap_env(env)
+    env = env if isinstance(env, VecEnv) else cls._wrap_env(maybe_make_env(env, verbose=0))
     # pickled before there was a manifest
     statistics = folder / ("vec_normalize.json" if saved else "vec_normalize.pkl")
     if statistics.exists():
@@ -338,14 +340,18 @@ def _restore_environments(model: OffPolicyAlgorithm, folder: Path, saved: dict[s
     """Whether they are in the middle of the episodes that were going on."""
     env = model.get_env()
     # another one (other_env=True) begins anew
-    if env is None or not (folder / ENVIRONMENTS).exists() or manifest.describe(env)["env"] != saved.get("env"):
+    if env is None or not manifest.is_same_env(manifest.describe(env)["env"], saved.get("env")):
         return False
-    reason = restore_environments(model, folder / ENVIRONMENTS)
-    if reason is None:
-        if isinstance(model, CheckedOffPolicyAlgorithm):
-            model.keep_action_noise()
-        return True
-    warnings.warn(f"New episodes begin, since the environments cannot be put where they were: {reason}", stacklevel=3)
+    if (folder / ENVIRONMENTS).exists():
+        reason = restore_environments(model, folder / ENVIRONMENTS)
+        if reason is None:
+            if isinstance(model, CheckedOffPolicyAlgorithm):
+                model.keep_action_noise()
+            return True
+    else:
+        reason = saved.get("new_episodes")
+    if reason is not None:
+        warnings.warn(f"New episodes begin, since the environments cannot be put where they were: {reason}", stacklevel=3)
     return False
 
 

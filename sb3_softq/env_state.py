@@ -3,7 +3,7 @@ The state of an environment in the middle of an episode. Known are
 
 - MuJoCo (``MujocoEnv``), classic control, the environments of this package, and any environment or wrapper whose class has
   ``get_state()`` and ``set_state(state)``, the state being made of numbers, strings, arrays, lists, tuples and dicts;
-- wrappers that keep nothing but such values in their attributes.
+- wrappers that keep nothing but such values, or running means and variances, in their attributes.
 
 Each layer of wrappers is asked for what it keeps itself, with its generators of random numbers.
 """
@@ -19,7 +19,9 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import PassiveEnvChecker
+from gymnasium.wrappers.utils import RunningMeanStd
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.running_mean_std import RunningMeanStd as VecRunningMeanStd
 
 from sb3_softq.mujoco_state import has_mujoco, mujoco_state, set_mujoco_state
 from sb3_softq.plain_values import OpaqueError, encode, stored_names
@@ -39,6 +41,8 @@ _NO_STATE = {"env", "spec", "metadata", "render_mode", "mujoco_renderer", "_cach
 _NO_STATE |= {"_ezpickle_args", "_ezpickle_kwargs"}
 # Where it is drawn, and when and where Monitor writes
 _WINDOW, _CLOCK_AND_FILE = {"screen", "clock", "surf", "isopen"}, {"t_start", "results_writer"}
+# What wrappers that normalise keep
+_STATISTICS = (RunningMeanStd, VecRunningMeanStd)
 _CONSTANTS = (type, ModuleType, EnvSpec)
 # Those that may change in place
 _CONTAINERS = (list, dict, deque, np.ndarray, np.random.Generator)
@@ -114,6 +118,8 @@ def _restore_attribute(layer: Env, name: str, value: Any, is_changing: bool) -> 
     elif isinstance(own, spaces.Space):
         for space, generator in zip(_spaces(own), value, strict=True):
             space._np_random = generator
+    elif isinstance(own, _STATISTICS):
+        vars(own).update(value)
     elif isinstance(own, np.ndarray) and not is_changing:
         if not _same(own, value):
             # where it lies: other attributes may be views of it
@@ -124,7 +130,9 @@ def _restore_attribute(layer: Env, name: str, value: Any, is_changing: bool) -> 
 
 def _may_change(own: Any, value: Any, is_changing: bool) -> bool:
     """Whether an attribute may differ from that of a new environment, which has ``own``."""
-    return is_changing or isinstance(own, spaces.Space) or (isinstance(value, _CONTAINERS) and type(own) is type(value))
+    if is_changing or isinstance(own, (spaces.Space, *_STATISTICS)):
+        return True
+    return isinstance(value, _CONTAINERS) and type(own) is type(value)
 
 
 def _layers(env: Env) -> Iterator[Env]:
@@ -160,6 +168,9 @@ def _state(layer: Env) -> dict[str, Any]:
             found[name] = mujoco_state(layer)
         elif isinstance(value, spaces.Space):
             found[name] = [space._np_random for space in _spaces(value)]
+        elif isinstance(value, _STATISTICS):
+            encode(vars(value), {}, f"{cls.__name__}.{name}")
+            found[name] = dict(vars(value))
         elif name not in without and not _is_constant(value) and not (name == "model" and has_mujoco(layer)):
             if name in _changing([layer]) and _is_shared(layer, value):
                 raise OpaqueError(f"{cls.__name__}.{name} shares its memory with something else")

@@ -3,7 +3,8 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +23,8 @@ NAME = "manifest.json"
 FORMAT = 3
 # Of checkpoints without a manifest, which were written before there was one
 REQUIRED = ("model.zip", "replay_buffer.pkl", "random.pkl")
+# Arguments of an environment that change how it is drawn; Stable-Baselines3 gives the first to those that it makes itself
+_OF_PICTURES = {"render_mode", "camera_id", "camera_name", "default_camera_config"}
 # Sizes and times of the files of a folder whose contents this process has found to be those that were written
 _intact: dict[Path, list[tuple[str, int, int, int]]] = {}
 # Of environments that were asked
@@ -32,7 +35,13 @@ class DamagedCheckpointError(ValueError):
     """A checkpoint is not what was written."""
 
 
-def write(folder: Path, model: OffPolicyAlgorithm, base: Path | None = None, old: Collection[str] = ()) -> None:
+def write(
+    folder: Path,
+    model: OffPolicyAlgorithm,
+    base: Path | None = None,
+    old: Collection[str] = (),
+    new_episodes: str | None = None,
+) -> None:
     """
     Describe the files in a folder.
 
@@ -40,6 +49,7 @@ def write(folder: Path, model: OffPolicyAlgorithm, base: Path | None = None, old
     :param model: The agent whose they are
     :param base: Folder of another checkpoint
     :param old: Names of files that come from there: they have to be what was written at that time, and are not read now
+    :param new_episodes: Why the environments could not be saved
     """
     env = model.get_env()
     files = {} if base is None else _entries(base, old)
@@ -55,6 +65,7 @@ def write(folder: Path, model: OffPolicyAlgorithm, base: Path | None = None, old
         "arguments": _plain(_arguments(model)),
         "num_timesteps": model.num_timesteps,
         **({} if env is None else describe(env)),
+        "new_episodes": new_episodes,
         "files": {
             file.name: files.get(file.name) or {"size": file.stat().st_size, "sha256": _digest(file)}
             for file in sorted(folder.iterdir())
@@ -131,6 +142,18 @@ def describe(env: VecEnv) -> dict[str, Any]:
     }
 
 
+def is_same_env(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    """
+    :param one: What :func:`describe` says of the environment, id and arguments
+    :param other: Likewise, or from a checkpoint
+    :return: Whether what is learned there is the same
+    """
+    if one is None or other is None:
+        return one is other
+    arguments = [{k: _plain(v) for k, v in env["kwargs"].items() if k not in _OF_PICTURES} for env in (one, other)]
+    return one["id"] == other["id"] and arguments[0] == arguments[1]
+
+
 def check_class(manifest: dict[str, Any], cls: type[OffPolicyAlgorithm]) -> None:
     """
     :param manifest: Of a checkpoint
@@ -153,7 +176,9 @@ def check_env(manifest: dict[str, Any], env: VecEnv, other_env: bool) -> None:
     hint = {"env": " (resume(..., other_env=True) goes on in another one)"}
     for name, value in here.items():
         saved = manifest.get(name, value)
-        if saved == value or (name == "env" and (other_env or saved is None or value is None)):
+        if name == "env" and (other_env or saved is None or value is None or is_same_env(saved, value)):
+            continue
+        if saved == value:
             continue
         raise ValueError(f"{name}={value} is not allowed: the checkpoint has {name}={saved}{hint.get(name, '')}")
 
@@ -182,12 +207,19 @@ def _arguments(model: OffPolicyAlgorithm) -> dict[str, Any]:
     return {name: getattr(model, name) for name in sorted(names) if hasattr(model, name)}
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold, and of the rest how it looks."""
-    result: dict[str, Any] = json.loads(
-        json.dumps(values, default=lambda x: x.item() if isinstance(x, np.number) else repr(x))
-    )
-    return result
+def _plain(value: Any) -> Any:
+    """What JSON can hold, and of the rest how it looks, wherever in memory it lies."""
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else repr(key): _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if isinstance(value, np.number):
+        return value.item()
+    return _without_address(value if value is None or isinstance(value, bool | int | float | str) else repr(value))
+
+
+def _without_address(value: Any) -> Any:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", value) if isinstance(value, str) else value
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:

@@ -359,6 +359,53 @@ def test_another_environment_is_refused(tmp_path):
         reload(tmp_path, cls=SAC)
 
 
+class Argument:
+    """As it looks, it lies somewhere in memory."""
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        ({}, {"render_mode": "rgb_array"}),
+        ({"render_mode": "rgb_array"}, {}),
+        ({"argument": Argument()}, {"argument": Argument()}),
+        ({"argument": lambda x: x}, {"argument": lambda x: x}),
+        ({"argument": [Argument()]}, {"argument": [Argument()]}),
+        ({"argument": {(0, 1): 2.0, 3: np.float32(1.0)}}, {"argument": {(0, 1): 2.0, 3: np.float32(1.0)}}),
+    ],
+)
+def test_the_same_environment_goes_on(tmp_path, saved, resumed):
+    """In the middle of its episode, with whatever it was made."""
+    made = partial(gym.make, "Pendulum-v1")
+    env = made()
+    env.spec.kwargs.update(saved)
+    train(tmp_path, env=env)
+    env = made()
+    env.spec.kwargs.update(resumed)
+    model = reload(tmp_path, env)
+    assert model.num_timesteps == 60
+    assert model._last_obs is not None
+
+
+def test_other_arguments_are_refused(tmp_path):
+    env = pendulum()
+    env.spec.kwargs["argument"] = {(0, 1): 2.0}
+    train(tmp_path, env=env)
+    env = pendulum()
+    env.spec.kwargs["argument"] = {(0, 1): 3.0}
+    with pytest.raises(ValueError, match=r"env=.*'\(0, 1\)': 3.0.* is not allowed: the checkpoint has env=.*'\(0, 1\)': 2.0"):
+        reload(tmp_path, env)
+
+
+def test_an_environment_by_its_id(tmp_path):
+    small(env="Pendulum-v1", buffer_size=500).learn(60, ResumableCheckpoint(10_000, tmp_path))
+    for env in ("Pendulum-v1", pendulum()):
+        model = resume(SoftQ, tmp_path, env)
+        assert model._last_obs is not None
+    with pytest.raises(ValueError, match="MountainCarContinuous-v0"):
+        resume(SoftQ, tmp_path, "MountainCarContinuous-v0")
+
+
 def test_the_settings_of_vec_normalize_come_back(tmp_path):
     train(tmp_path, env=VecNormalize(DummyVecEnv([pendulum]), clip_obs=3.0, gamma=0.9))
     new = reload(tmp_path, VecNormalize(DummyVecEnv([pendulum]))).get_vec_normalize_env()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from gymnasium.wrappers import TransformObservation
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward, TransformObservation
 from stable_baselines3 import SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import BitFlippingEnv, SimpleMultiObsEnv
@@ -88,6 +88,7 @@ CASES = {
     "Ant": (lambda: env("Ant-v4")(), {}),
     "processes": (lambda: SubprocVecEnv([env("Pendulum-v1")] * 2), {}),
     "frames": (lambda: VecMonitor(VecFrameStack(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2), 3)), {}),
+    "gymnasium's wrappers": (lambda: Monitor(NormalizeReward(NormalizeObservation(gym.make("Pendulum-v1")))), {}),
     "MultiGoal": (lambda: env("sb3_softq/MultiGoal-v0")(), {}),
     "Pusher2D": (lambda: env("sb3_softq/Pusher2D-v0", goal_x=-1.0)(), {}),
     "a pair of methods": (lambda: DummyVecEnv([Pair] * 2), {}),
@@ -488,6 +489,22 @@ def test_processes_that_end_between_rollouts(tmp_path):
     with pytest.raises(FaultyEnvironmentError, match=r"Environment 1 failed .* was killed by SIGKILL"):
         model.learn(200, callback=[ResumableCheckpoint(20, tmp_path, on_disk_error="continue"), Killer()])
     assert steps_done(tmp_path) == model.num_timesteps == 60
+
+
+class Keeps(gym.Wrapper):
+    """Something that nobody knows how to save."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.filter = iter(range(10))
+
+
+def test_what_could_not_be_saved_is_said(tmp_path):
+    """What a wrapper has learned may be lost with it."""
+    small(env=Keeps(gym.make("Pendulum-v1"))).learn(40, ResumableCheckpoint(1000, tmp_path))
+    with pytest.warns(UserWarning, match=r"New episodes begin, .* environment 0: Keeps.filter is a builtins.range_iterator"):
+        model = resume(SoftQ, tmp_path, Keeps(gym.make("Pendulum-v1")))
+    assert model._last_obs is None
 
 
 def test_an_environment_that_cannot_take_its_state(tmp_path):
