@@ -13,6 +13,7 @@ import argparse
 import csv
 import itertools
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -169,14 +170,18 @@ def compiled(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return dict(compile=True) if args.compile and name not in ("SAC", "CrossQ") else {}
 
 
-def cell(path: Path, compute: Any) -> dict[str, Any]:
-    """A result that is in a file, or is computed and put there."""
-    if not path.exists():
-        result = compute()
+def cell(path: Path, arguments: dict[str, Any], compute: Any) -> dict[str, Any]:
+    """A result that is in a file, or is computed and put there; that of other arguments is neither used nor overwritten."""
+    if path.exists():
+        there = json.loads(path.read_text())["arguments"]
+        if there != arguments:
+            sys.exit(f"{path} is of {there}, and {arguments} is asked for: give another folder as --logs")
+    else:
+        result = {"arguments": arguments} | compute()
         path.with_suffix(".part").write_text(json.dumps(result))
         path.with_suffix(".part").replace(path)
     result = json.loads(path.read_text())
-    print(path.stem, {key: value for key, value in result.items() if key != "paths"}, flush=True)
+    print(path.stem, {key: value for key, value in result.items() if key not in ("arguments", "paths")}, flush=True)
     return result
 
 
@@ -193,19 +198,21 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=Path("logs/any_direction"), help="agents and results, one file each")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
+    if args.more_steps < args.eval_freq:
+        parser.error(f"--more-steps {args.more_steps} has no evaluation: it must be at least --eval-freq {args.eval_freq}")
     th.set_num_threads(1)
     args.logs.mkdir(parents=True, exist_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
-    runs = list(itertools.product(args.seeds, args.algos))
-    before = {
-        (name, seed): cell(args.logs / f"{name}_{seed}.json", lambda name=name, seed=seed: pre_train(name, seed, args))
-        for seed, name in runs
-    }
-    after = {}
+    before, after = {}, {}
+    for seed, name in itertools.product(args.seeds, args.algos):
+        given = dict(steps=args.steps, episodes=args.episodes)
+        path = args.logs / f"{name}_{seed}.json"
+        before[name, seed] = cell(path, given, lambda n=name, s=seed: pre_train(n, s, args))
     for place, seed, name in itertools.product(args.places, args.seeds, [*args.algos, "from scratch"]):
         path = args.logs / f"{name.replace(' ', '_')}_{seed}_{place}.json"
-        after[name, seed, place] = cell(path, lambda n=name, s=seed, p=place: fine_tune(n, s, p, args))
+        given = dict(steps=args.steps, more_steps=args.more_steps, eval_freq=args.eval_freq)
+        after[name, seed, place] = cell(path, given, lambda n=name, s=seed, p=place: fine_tune(n, s, p, args))
     with args.out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["agent", "seed", "entropy", *(f"sector_{i}" for i in range(N_SECTORS)), *args.places])

@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000, help="steps of that training")
     parser.add_argument("--out", type=Path, default=Path("policy.onnx"))
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
 
     model = (
         SoftQ.load(args.model, device="cpu") if args.model else SoftQ("MlpPolicy", args.env, device="cpu").learn(args.steps)

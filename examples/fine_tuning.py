@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers but for rounding")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
+    if args.more_steps < args.eval_freq:
+        parser.error(f"--more-steps {args.more_steps} has no evaluation: it must be at least --eval-freq {args.eval_freq}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.with_suffix(".csv").open("w", newline="") as file, tempfile.TemporaryDirectory() as folder:
         writer = csv.writer(file)

@@ -23,7 +23,10 @@ from sb3_softq.plots import new_figure, plot_level_curves
 
 OUT = Path(__file__).parent / "results" / "multi_goal.png"
 ENV = "sb3_softq/MultiGoal-v0"
-SETTINGS: dict[str, Any] = dict(ent_coef=10.0, learning_rate=1e-3, batch_size=64, buffer_size=100_000, tau=0.01)
+# The defaults, but for the paper's temperature, and batches that take half of the time
+SETTINGS: dict[str, Any] = dict(ent_coef=10.0, batch_size=64, buffer_size=100_000, device="cpu")
+# with which SAC reaches more of the goals than with its defaults
+OF_SAC: dict[str, Any] = dict(learning_rate=1e-3, tau=0.01)
 STATES = ((0.0, 0.0), (2.5, 2.5), (-2.5, 0.0))
 # In the way to a goal, from the centre
 WALLS = ((2.5, -2.0, 3.5, 2.0), (-3.5, -2.0, -2.5, 2.0), (-2.0, 2.5, 2.0, 3.5), (-2.0, -3.5, 2.0, -2.5))
@@ -57,10 +60,8 @@ def main() -> None:
         for seed in args.seeds:
             first = seed == args.seeds[0]
             callback = PlotCallback(draw_rollouts, args.frames, max(args.steps // 20, 1)) if first and args.frames else None
-            softq = SoftQ("MlpPolicy", ENV, **SETTINGS, policy_kwargs=dict(batch_norm=False), seed=seed, device="cpu").learn(
-                args.steps, callback
-            )
-            sac = SAC("MlpPolicy", ENV, **SETTINGS, seed=seed, device="cpu").learn(args.steps)
+            softq = SoftQ("MlpPolicy", ENV, **SETTINGS, seed=seed).learn(args.steps, callback)
+            sac = SAC("MlpPolicy", ENV, **SETTINGS, **OF_SAC, seed=seed).learn(args.steps)
             for name, model in (("SoftQ", softq), ("SAC", sac)):
                 counts = goal_counts(model, MultiGoalEnv())
                 success = goal_counts(model, behind_wall(counts)).sum() / 200

@@ -100,6 +100,8 @@ def make_model(args: argparse.Namespace) -> SoftQ:
     if args.resume and not resumed:
         print(f"There is no checkpoint in {checkpoints}: starting from scratch")
     if not resumed:
+        # where nothing can be trained, a mistyped name say, the earlier run stays
+        SoftQ("MlpPolicy", args.env, buffer_size=1)
         set_earlier_run_aside(args.out)
     # One file per session, named after its first step: what a killed session did after its last checkpoint stays apart
     start = steps_done(checkpoints) if resumed else 0

@@ -13,7 +13,7 @@ class Episode(NamedTuple):
     """
     What happened in one episode of n steps.
 
-    :param observations: Before each step, shape (n, ...)
+    :param observations: Before each step, as the environment returns them, shape (n, ...), or a dict of such arrays
     :param actions: Shape (n, ...)
     :param rewards: Shape (n,)
     :param terminated: Whether it terminated, or was cut off by a time limit
@@ -21,7 +21,7 @@ class Episode(NamedTuple):
     :param records: What ``record`` returned at the start and after each step, n + 1 values
     """
 
-    observations: np.ndarray
+    observations: Any
     actions: np.ndarray
     rewards: np.ndarray
     terminated: bool
@@ -40,7 +40,7 @@ def roll_out(
     """
     One episode in each environment, side by side: one call of the policy serves all that still run.
 
-    :param model: Any agent or policy of Stable-Baselines3
+    :param model: Any agent or policy of Stable-Baselines3; an agent's VecNormalize normalises what it sees
     :param envs: Environments, each of its own
     :param deterministic: Whether to act deterministically
     :param seed: Seed of the first environment's reset; the others have those that follow
@@ -53,8 +53,11 @@ def roll_out(
     current = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
     records = [[record(env)] for env in envs]
     running = list(range(len(envs)))
+    # policies have none
+    normalize = getattr(model, "get_vec_normalize_env", lambda: None)()
     while running:
-        actions, _ = model.predict(np.stack([current[i] for i in running]), deterministic=deterministic)
+        seen = _stack([current[i] for i in running])
+        actions, _ = model.predict(seen if normalize is None else normalize.normalize_obs(seen), deterministic=deterministic)
         still_running = []
         for i, action in zip(running, actions, strict=True):
             next_observation, reward, terminated[i], truncated, infos[i] = envs[i].step(action)
@@ -66,6 +69,14 @@ def roll_out(
         running = still_running
     episodes = []
     for i, of_episode in enumerate(steps):
-        observations, actions, rewards = (np.array(values) for values in zip(*of_episode, strict=True))
-        episodes.append(Episode(observations, actions, rewards, terminated[i], infos[i], records[i]))
+        seen, taken, rewards = zip(*of_episode, strict=True)
+        arrays = _stack(seen), np.array(taken), np.array(rewards)
+        episodes.append(Episode(*arrays, terminated[i], infos[i], records[i]))
     return episodes
+
+
+def _stack(observations: Sequence[Any]) -> Any:
+    """Observations as one array, or as a dict of arrays."""
+    if isinstance(observations[0], dict):
+        return {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
+    return np.stack(observations)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
+import pytest
 from matplotlib import image
 
 from sb3_softq import SoftQ
@@ -44,6 +45,15 @@ def test_train_walker2d(tmp_path):
     assert np.abs(frames[0].astype(float) - frames[20]).max() > 10
     for name in ("checkpoints", "model.zip", "best_model.zip", "learning_curve.png", "video.mp4"):
         assert str(tmp_path / name) in output
+
+
+@pytest.mark.parametrize(("env_id", "error"), [("Walker2d-v44", "VersionNotFound"), ("CartPole-v1", "DiscreteSoftQ")])
+def test_an_earlier_run_stays_where_nothing_can_be_trained(tmp_path, env_id, error):
+    (tmp_path / "model.zip").write_text("precious")
+    result = subprocess.run([*TRAIN, "--env", env_id, "--out", tmp_path], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 1
+    assert error in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model.zip"]
 
 
 def test_show_walker2d(tmp_path):
@@ -131,18 +141,18 @@ def test_missing_extras_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def example(name, *args):
+def example(name, *args, code=0):
     command = [sys.executable, str(ROOT / "examples" / name), *map(str, args)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stderr if code else result.stdout
 
 
 def test_export_onnx(tmp_path):
     SoftQ("MlpPolicy", "Reacher-v5", device="cpu", seed=0).save(tmp_path / "model")
-    output = example("export_onnx.py", "--model", tmp_path / "model.zip", "--out", tmp_path / "policy.onnx")
+    output = example("export_onnx.py", "--model", tmp_path / "model.zip", "--out", tmp_path / "new" / "policy.onnx")
     assert float(output.split()[-1]) < 1e-5
-    assert f"{tmp_path / 'policy.onnx'}: " in output
+    assert f"{tmp_path / 'new' / 'policy.onnx'}: " in output
 
 
 def test_multi_goal(tmp_path):
@@ -193,6 +203,19 @@ def test_any_direction(tmp_path):
     # not reached within so few steps
     assert {row[-1] for row in rows[1:]} == {"61"}
     assert image.imread(tmp_path / "figure.png").std() > 0.01
+    # results of other steps are not taken for those that are asked for
+    error = example(*arguments, "--episodes", 3, "--out", tmp_path / "figure.png", code=1)
+    assert "'episodes': 2}, and {'steps': 120, 'episodes': 3} is asked for: give another folder as --logs" in error
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()} == files
+
+
+@pytest.mark.parametrize("script", ["fine_tuning.py", "any_direction.py"])
+def test_fine_tuning_without_an_evaluation(tmp_path, script):
+    """Said before anything is trained or overwritten."""
+    (tmp_path / "figure.csv").write_text("precious")
+    error = example(script, "--more-steps", 200, "--eval-freq", 201, "--out", tmp_path / "figure.png", code=2)
+    assert "--more-steps 200 has no evaluation: it must be at least --eval-freq 201" in error
+    assert (tmp_path / "figure.csv").read_text() == "precious"
 
 
 def test_two_routes(tmp_path):

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_softq.callbacks import GoalCallback, PlotCallback
 from sb3_softq.envs import MultiGoalEnv
@@ -139,6 +141,17 @@ def test_goal_callback(tmp_path):
     assert model.logger.name_to_value["multi_goal/goals_reached"] == 2
     assert model.logger.name_to_value["multi_goal/entropy"] == pytest.approx(np.log(2))
     assert model.logger.name_to_value["multi_goal/success_rate"] == 1.0
+
+
+def test_goal_callback_sees_what_the_agent_sees(monkeypatch):
+    env = VecNormalize(make_vec_env("sb3_softq/MultiGoal-v0", n_envs=2))
+    model = small(env=env).learn(100)
+    seen, predict = [], model.predict
+    monkeypatch.setattr(model, "predict", lambda obs, **kwargs: seen.append(obs) or predict(obs, **kwargs))
+    paths, _ = roll_out(model, MultiGoalEnv(), 5)
+    first = np.stack([path[0] for path in paths]).astype(np.float32)
+    np.testing.assert_allclose(seen[0], env.normalize_obs(first), rtol=1e-5)
+    assert np.abs(seen[0] - first).max() > 0.1
 
 
 def test_pictures():

@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "ray_throughput.csv")
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
 
     rows: list[dict[str, Any]] = []
     ray.init(include_dashboard=False, log_to_driver=False)
