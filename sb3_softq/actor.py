@@ -331,8 +331,9 @@ class SamplingActor(Freezable, BasePolicy):
 
     def mode(self, obs: PyTorchObs) -> th.Tensor:
         """
-        A mode of the density, which no critic is asked for: of the fixed particles the one of most density, moved by
-        mean-shift over them. Close to the mean where there is one mode, and to one of the modes where there are several.
+        A mode of the density, which no critic is asked for: of the experts' particles of no noise the one of most density,
+        moved by mean-shift over the fixed particles. Close to the mean where there is one mode, and to one of the modes
+        where there are several.
 
         :param obs: Observations
         :return: Pre-tanh actions, shape (batch_size, action_dim)
@@ -340,7 +341,7 @@ class SamplingActor(Freezable, BasePolicy):
         features = self.features(obs)
         mean, log_std = self.particles(features, self.xi_bank.unsqueeze(0))
         log_weights = th.log(self.gate_probs(features)).repeat(1, len(self.xi_bank) // self.n_experts)
-        densest = mixture_log_prob(mean, mean, log_std, log_weights).argmax(dim=1)
+        densest = mixture_log_prob(mean[:, : self.n_experts], mean, log_std, log_weights).argmax(dim=1)
         start = mean.gather(1, densest[:, None, None].expand(-1, 1, self.action_dim)).squeeze(1)
         return mixture_mode(start, mean, log_std, log_weights)
 

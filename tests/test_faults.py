@@ -322,7 +322,7 @@ def test_two_processes_that_fail_in_the_same_step(tmp_path, fault):
     env = environments(fault, 3, partial(SubprocVecEnv, start_method="fork"), bad=(0, 2))
     set_timeout(env, 0.5)
     model = agent(env)
-    fails(model, tmp_path, f"^Environment 0 failed at step {3 * BAD_STEP}: ")
+    fails(model, tmp_path, f"^Environment [02] failed at step {3 * BAD_STEP}: ")
     check_closing(model.env)
 
 

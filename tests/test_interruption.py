@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, resume, steps_done
+from sb3_softq.interruption import HANDLERS
 from tests.conftest import small
 from tests.test_checkpoint import ROOT, left
 
@@ -185,9 +186,8 @@ except KeyboardInterrupt:
     assert whole(tmp_path) == 100
 
 
-@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 128 + signal.SIGTERM)])
-@pytest.mark.parametrize("algorithm", [SoftQ, SAC])
+@pytest.mark.parametrize(("algorithm", "start_method"), [(SoftQ, "forkserver"), (SAC, "fork")])
 def test_signals_to_the_processes_of_environments(tmp_path, algorithm, number, status, start_method):
     """A terminal or a scheduler sends them to all; the environments live until the rollout is over, and are saved too."""
     code = f"""
@@ -212,8 +212,12 @@ if __name__ == "__main__":
 
 
 def test_processes_of_environments_end_by_signals_again(tmp_path):
+    # whoever runs the tests may have others
+    before = [signal.signal(number, handler) for number, handler in HANDLERS.items()]
     env = make_vec_env("Pendulum-v1", 3, vec_env_cls=SubprocVecEnv)
     small(env=env, learning_starts=1000).learn(30, ResumableCheckpoint(10**6, tmp_path))
+    for number, handler in zip(HANDLERS, before, strict=True):
+        signal.signal(number, handler)
     for process, number in zip(env.processes, (signal.SIGTERM, signal.SIGINT, 0), strict=True):
         os.kill(process.pid, number)
         process.join(10 if number else 0)

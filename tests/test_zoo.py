@@ -208,10 +208,10 @@ def test_configuration(arguments, is_ours):
     assert with_configuration(arguments) == [*ours, *arguments]
 
 
-@pytest.mark.parametrize("flag", ["-conf", "--conf-file", "--conf"])
-def test_configuration_of_the_user(flag, tmp_path):
+def test_configuration_of_the_user(tmp_path):
+    """Named by an abbreviation."""
     (tmp_path / "my.yml").write_text("Pendulum-v1: {policy: MlpPolicy, n_timesteps: 60, gamma: 0.123}")
-    output = zoo("train", "--algo", "softq", "--env", "Pendulum-v1", "-f", tmp_path, flag, tmp_path / "my.yml")
+    output = zoo("train", "--algo", "softq", "--env", "Pendulum-v1", "-f", tmp_path, "--conf", tmp_path / "my.yml")
     assert "('gamma', 0.123)" in output
     assert "softq.yml" not in output
 
