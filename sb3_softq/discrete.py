@@ -109,7 +109,9 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         float, or a function of the progress remaining, sets it
     :param target_entropy: Target of the policy's entropy in nats when ``ent_coef`` is learned, between 0 and log(n_actions).
         ``"auto"`` is a tenth of log(n_actions).
-    :param target_update_interval: Update the target network every ``target_update_interval`` gradient steps
+    :param tau: Polyak coefficient of the target network, between 0 and 1. By default 0.02, or 1, as in DQN, where
+        ``target_update_interval`` says that it is replaced from time to time
+    :param target_update_interval: Update the target network every so many gradient steps (DQN counts steps of the environment)
     :param ent_coef_learning_rate: Learning rate of the log of the temperature, when it is learned;
         1e-3 by default, or ``learning_rate`` where that is larger
     :param policy_kwargs: Additional arguments to be passed to the policy on creation, those of DQN's
@@ -138,7 +140,7 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         buffer_size: int = 1_000_000,  # 1e6
         learning_starts: int = 1000,
         batch_size: int = 128,
-        tau: float = 0.02,
+        tau: float | None = None,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
@@ -165,7 +167,7 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
             buffer_size,
             learning_starts,
             batch_size,
-            tau,
+            (0.02 if target_update_interval == 1 else 1.0) if tau is None else tau,
             gamma,
             train_freq,
             gradient_steps,

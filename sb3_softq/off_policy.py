@@ -135,9 +135,10 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         # here, not in the constructor: load() fills in the arguments later
         self._check_arguments()
         self._convert_numbers()
-        # SB3 writes the buffer that it chooses over these two, and load() would take it for the user's
-        given = self.replay_buffer_class, self.replay_buffer_kwargs
+        # SB3 writes the buffer that it chooses over the first two, and load() would take it for the user's
+        given = self.replay_buffer_class, self.replay_buffer_kwargs, self.policy_kwargs
         self.replay_buffer_kwargs = self.replay_buffer_kwargs.copy()
+        self.policy_kwargs = self._policy_arguments()
         try:
             super()._setup_model()
         except (AssertionError, AttributeError, RuntimeError) as error:
@@ -146,7 +147,11 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
                 f"policy={self.policy_class.__name__!r} with policy_kwargs={self.policy_kwargs!r} is not allowed: it must be "
                 f"one that can be built for observation_space={self.observation_space!r} ({type(error).__name__}: {error})"
             ) from error
-        self.replay_buffer_class, self.replay_buffer_kwargs = given
+        self.replay_buffer_class, self.replay_buffer_kwargs, self.policy_kwargs = given
+
+    def _policy_arguments(self) -> dict[str, Any]:
+        """``policy_kwargs`` and what the algorithm's own arguments add to them; load() compares the user's alone."""
+        return self.policy_kwargs
 
     def _convert_numbers(self) -> None:
         """FloatSchedule takes few of numpy's numbers."""

@@ -325,6 +325,8 @@ class SoftQPolicy(BasePolicy):
         saved = th.load(path, map_location=get_device(device), weights_only=False)
         # the actor of release 0.1.0 was a single sampler, its critics predicted a number
         policy = cls(**{"n_experts": 1, "n_bins": 1} | saved["data"])
+        if "n_experts" in saved["data"] and any(key.startswith("critic_target.") for key in saved["state_dict"]):
+            policy.build_target()
         policy.load_state_dict(saved["state_dict"])
         return policy.to(get_device(device))
 

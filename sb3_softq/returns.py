@@ -136,14 +136,14 @@ class ScaledReturns(MaximumEntropyAlgorithm):
             self.normalize_rewards = False
         super()._check_arguments()
         check_flag("normalize_rewards", self.normalize_rewards)
-        if not self.normalize_rewards:
-            # a histogram ends at a multiple of the scale
-            self.policy_kwargs = {"n_bins": 1} | self.policy_kwargs
-            if self.policy_kwargs["n_bins"] != 1:
-                raise ValueError(
-                    f"n_bins={self.policy_kwargs['n_bins']!r} is not allowed with normalize_rewards=False, which has no scale "
-                    "that a histogram could end at: it must be 1"
-                )
+        if not self.normalize_rewards and self.policy_kwargs.get("n_bins", 1) != 1:
+            raise ValueError(
+                f"n_bins={self.policy_kwargs['n_bins']!r} is not allowed with normalize_rewards=False, which has no scale "
+                "that a histogram could end at: it must be 1"
+            )
+
+    def _policy_arguments(self) -> dict[str, Any]:
+        return ({} if self.normalize_rewards else {"n_bins": 1}) | super()._policy_arguments()
 
     def _setup_model(self) -> None:
         super()._setup_model()

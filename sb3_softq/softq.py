@@ -332,8 +332,6 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         super()._check_arguments()
         self.particle_options = ParticleOptions.adopt(self.__dict__)
         self.has_experts = self.has_experts or not self._is_loaded
-        if not self.has_experts:
-            self.policy_kwargs = {"n_experts": 1} | self.policy_kwargs
         if self.actor_learning_rate is not None:
             check_learning_rate("actor_learning_rate", self.actor_learning_rate)
         check_number("actor_tau", self.actor_tau, 0.0, 1.0, open_low=True)
@@ -346,9 +344,11 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
             )
         check_flag("bfloat16", self.bfloat16)
         check_flag("compile", self.compile)
-        # An agent that was trained elsewhere may act where nothing can be compiled
-        if self.compile and not self._is_loaded:
+        if self.compile and not self._is_loaded:  # an agent that was trained elsewhere may act where nothing compiles
             check_compiler(self.device)
+
+    def _policy_arguments(self) -> dict[str, Any]:
+        return ({} if self.has_experts else {"n_experts": 1}) | super()._policy_arguments()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"annealing_clock": Annealing()} | state)

@@ -225,6 +225,27 @@ def test_cartpole(seed):
     assert evaluation.best_mean_reward >= 475
 
 
+@pytest.mark.parametrize(
+    ("arguments", "tau"),
+    [
+        ({}, 0.02),
+        (dict(target_update_interval=5), 1.0),
+        (dict(tau=0.3), 0.3),
+        (dict(target_update_interval=5, tau=0.3), 0.3),
+        (dict(tau=0.0), 0.0),
+    ],
+)
+def test_a_target_network_that_is_replaced_from_time_to_time(tmp_path, arguments, tau):
+    """DQN's settings name the interval alone, and mean that the whole network is replaced."""
+    model = make(ent_coef=0.2, learning_starts=0, **arguments)
+    assert model.tau == tau
+    model.save(tmp_path / "model")
+    assert DiscreteSoftQ.load(tmp_path / "model").tau == tau
+    model.learn(10)
+    replaced = all(th.equal(a, b) for a, b in zip(model.q_net.parameters(), model.q_net_target.parameters(), strict=True))
+    assert replaced == (tau == 1.0)
+
+
 @pytest.mark.parametrize("alpha", [0.1, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_on_policy_it_is_a_policy_gradient(alpha, seed):

@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.policies import SamplingActor, SoftQPolicy
-from tests.conftest import small
+from tests.conftest import assert_same, small
 
 VARIANTS: dict[str, Any] = {
     "default": {},
@@ -238,6 +238,41 @@ def test_policy_alone(tmp_path, policy):
     model.actor.save(tmp_path / "actor")
     actor = SamplingActor.load(tmp_path / "actor", device="cpu")
     np.testing.assert_array_equal(actor.predict(obs, deterministic=True)[0], expected)
+
+
+@pytest.mark.parametrize("suffix", ["zip", "safetensors"])
+@pytest.mark.parametrize(
+    ("arguments", "policy_kwargs"),
+    [
+        (dict(normalize_rewards=False), dict(net_arch=[8])),
+        (dict(tau=0.1), dict(net_arch=[8], batch_norm=False)),
+        (dict(ent_coef=0.2), dict(net_arch=[8], n_experts=3, n_bins=21)),
+        ({}, {}),
+    ],
+)
+def test_policy_kwargs_are_those_that_were_given(tmp_path, suffix, arguments, policy_kwargs):
+    """Stable-Baselines3 refuses to load an agent with others."""
+    model = SoftQ("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu", policy_kwargs=dict(policy_kwargs), **arguments)
+    assert model.policy_kwargs == policy_kwargs
+    path = tmp_path / f"model.{suffix}"
+    model.save(path)
+    loaded = load(path, policy_kwargs=dict(policy_kwargs))
+    assert loaded.policy_kwargs == policy_kwargs
+    assert_same(loaded.get_parameters()["policy"], model.get_parameters()["policy"])
+    with pytest.raises(ValueError, match="policy kwargs do not equal"):
+        load(path, policy_kwargs=dict(net_arch=[9]))
+
+
+@pytest.mark.parametrize("kwargs", [dict(tau=0.005), dict(target_update_interval=3), {}])
+def test_a_policy_alone_keeps_its_target_networks(tmp_path, kwargs):
+    model = make(**kwargs).learn(40)
+    model.policy.save(tmp_path / "policy")
+    loaded = SoftQPolicy.load(tmp_path / "policy", device="cpu")
+    assert (loaded.critic_target is None) == (not kwargs)
+    assert_same(loaded.state_dict(), model.policy.state_dict())
+    if kwargs:
+        assert not loaded.critic_target.training
+        assert not any(parameter.requires_grad for parameter in loaded.critic_target.parameters())
 
 
 def test_replay_buffer(tmp_path):
