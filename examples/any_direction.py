@@ -12,9 +12,9 @@ What is finished lies in --logs, so that a second call goes on; several calls at
 import argparse
 import csv
 import itertools
-import json
-import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 import gymnasium as gym
 import numpy as np
 import torch as th
+from finished import finished
 from gymnasium.envs.mujoco import mujoco_env
 from mazes import Map, Maze
 from peers import ALGORITHMS, COLOURS
@@ -170,17 +171,8 @@ def compiled(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return dict(compile=True) if args.compile and name not in ("SAC", "CrossQ") else {}
 
 
-def cell(path: Path, arguments: dict[str, Any], compute: Any) -> dict[str, Any]:
-    """A result that is in a file, or is computed and put there; that of other arguments is neither used nor overwritten."""
-    if path.exists():
-        there = json.loads(path.read_text())["arguments"]
-        if there != arguments:
-            sys.exit(f"{path} is of {there}, and {arguments} is asked for: give another folder as --logs")
-    else:
-        result = {"arguments": arguments} | compute()
-        path.with_suffix(".part").write_text(json.dumps(result))
-        path.with_suffix(".part").replace(path)
-    result = json.loads(path.read_text())
+def cell(path: Path, arguments: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    result = finished(path, arguments, compute)
     print(path.stem, {key: value for key, value in result.items() if key not in ("arguments", "paths")}, flush=True)
     return result
 
@@ -208,11 +200,11 @@ def main() -> None:
     for seed, name in itertools.product(args.seeds, args.algos):
         given = dict(steps=args.steps, episodes=args.episodes)
         path = args.logs / f"{name}_{seed}.json"
-        before[name, seed] = cell(path, given, lambda n=name, s=seed: pre_train(n, s, args))
+        before[name, seed] = cell(path, given, partial(pre_train, name, seed, args))
     for place, seed, name in itertools.product(args.places, args.seeds, [*args.algos, "from scratch"]):
         path = args.logs / f"{name.replace(' ', '_')}_{seed}_{place}.json"
         given = dict(steps=args.steps, more_steps=args.more_steps, eval_freq=args.eval_freq)
-        after[name, seed, place] = cell(path, given, lambda n=name, s=seed, p=place: fine_tune(n, s, p, args))
+        after[name, seed, place] = cell(path, given, partial(fine_tune, name, seed, place, args))
     with args.out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["agent", "seed", "entropy", *(f"sector_{i}" for i in range(N_SECTORS)), *args.places])

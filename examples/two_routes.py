@@ -6,20 +6,23 @@ A point mass and two equally long ways to a goal: does one policy take both, and
 
 The maze is a ring (Gymnasium-Robotics' PointMaze with a map of its own), the reward minus the distance to the goal along the
 corridors. Each agent is trained with both ways open, then asked for 100 stochastic episodes; then its more frequent way is
-walled up, which it has not seen in training, and it is asked again, at once and after some more steps.
+walled up, which it has not seen in training, and it is asked again, at once and after some more steps. What is finished lies
+in --logs, so that a second call goes on; several calls at once take different --seeds or --algos.
 """
 
 import argparse
 import csv
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch as th
 from cooling import Cooling
+from finished import finished
 from peers import ALGORITHMS, COLOURS
-from ring_maze import Outcome, Ring, draw_paths, roll_out
+from ring_maze import Ring, draw_paths, roll_out
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 
@@ -52,42 +55,59 @@ def main() -> None:
     parser.add_argument("--first-ent-coef", type=float, default=1.0, help="temperature that training begins with")
     parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers but for rounding")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--logs", type=Path, default=Path("logs/two_routes"), help="results, one file each")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
     th.set_num_threads(1)
 
-    pictures: dict[str, tuple[Outcome, Outcome]] = {}
+    results = {}
+    for seed, name in itertools.product(args.seeds, args.algos):
+        given = {key: getattr(args, key) for key in ("steps", "more", "episodes", "ent_coef", "first_ent_coef")}
+        result = finished(args.logs / f"{name}_{seed}.json", given, partial(evaluate, name, seed, args))
+        line = "up {up}, down {down}; {blocked} blocked: {at_once} at once, {after} after more steps".format(**result)
+        print(f"seed {seed}, {name}: {line}", flush=True)
+        results[name, seed] = result
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["seed", "algo", "up", "down", "blocked", "at_once", f"after_{args.more}"])
-        for seed, name in itertools.product(args.seeds, args.algos):
-            agent = train(name, seed, args)
-            before = roll_out(agent, Ring(), args.episodes)
-            walled = Ring(before.favourite)
-            at_once = roll_out(agent, walled, args.episodes)
-            # nothing remembered says that the wall can be passed
-            agent.set_env(walled)
-            assert agent.replay_buffer is not None
-            agent.replay_buffer.reset()
-            agent.learn(args.more, reset_num_timesteps=False)
-            after = roll_out(agent, walled, args.episodes)
-            row = [seed, name, before.up, before.down, before.favourite, at_once.up + at_once.down, after.up + after.down]
-            print("seed {}, {}: up {}, down {}; {} blocked: {} at once, {} after more steps".format(*row), flush=True)
-            writer.writerow(row)
-            file.flush()
-            pictures.setdefault(name, (before, at_once))
-    draw(pictures, args.out)
+        for (name, seed), result in results.items():
+            writer.writerow([seed, name, *(result[key] for key in ("up", "down", "blocked", "at_once", "after"))])
+    draw({name: results[name, args.seeds[0]] for name in args.algos}, args.out)
     print(args.out)
 
 
-def draw(pictures: dict[str, tuple[Outcome, Outcome]], out: Path) -> None:
-    """Of each algorithm the paths of the first seed: both routes open, one blocked."""
-    figure, axes = new_figure(3.2 * len(pictures), 5.0, len(pictures), 2)
-    for column, (name, (before, at_once)) in zip(np.atleast_2d(axes.T), pictures.items(), strict=True):
-        for ax, outcome, blocked in zip(column, (before, at_once), (None, before.favourite), strict=True):
-            draw_paths(ax, outcome.paths, COLOURS[name], blocked)
-            ax.set_title(f"{name}: {outcome.up} up, {outcome.down} down")
+def evaluate(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One agent: how many episodes take which way, and how many arrive where their favourite is walled up."""
+    agent = train(name, seed, args)
+    before = roll_out(agent, Ring(), args.episodes)
+    walled = Ring(before.favourite)
+    at_once = roll_out(agent, walled, args.episodes)
+    # nothing remembered says that the wall can be passed
+    agent.set_env(walled)
+    assert agent.replay_buffer is not None
+    agent.replay_buffer.reset()
+    agent.learn(args.more, reset_num_timesteps=False)
+    after = roll_out(agent, walled, args.episodes)
+    return dict(
+        up=before.up,
+        down=before.down,
+        blocked=before.favourite,
+        at_once=at_once.up + at_once.down,
+        after=after.up + after.down,
+        paths=before.paths.round(2).tolist(),
+        walled_paths=at_once.paths.round(2).tolist(),
+    )
+
+
+def draw(results: dict[str, dict[str, Any]], out: Path) -> None:
+    """Of each algorithm the paths of one seed: both routes open, one blocked."""
+    figure, axes = new_figure(3.2 * len(results), 5.0, len(results), 2)
+    for column, (name, result) in zip(np.atleast_2d(axes.T), results.items(), strict=True):
+        draw_paths(column[0], np.array(result["paths"]), COLOURS[name])
+        column[0].set_title("{}: {up} up, {down} down".format(name, **result))
+        draw_paths(column[1], np.array(result["walled_paths"]), COLOURS[name], result["blocked"])
+        column[1].set_title("{}: {at_once} of {n} arrive".format(name, n=len(result["walled_paths"]), **result))
     figure.tight_layout()
     figure.savefig(out)
 

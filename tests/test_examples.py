@@ -219,12 +219,20 @@ def test_fine_tuning_without_an_evaluation(tmp_path, script):
 
 
 def test_two_routes(tmp_path):
-    steps = ("--steps", 120, "--more", 60, "--episodes", 2, "--seeds", 0)
+    """Twice: what is finished is not done again."""
+    steps = ("--steps", 120, "--more", 60, "--episodes", 2, "--seeds", 0, "--logs", tmp_path / "logs")
     output = example("two_routes.py", *steps, "--out", tmp_path / "figure.png")
     assert output.count("blocked: ") == 3
     rows = [row.split(",") for row in (tmp_path / "figure.csv").read_text().splitlines()]
     assert [row[1] for row in rows] == ["algo", "SoftQ", "SAC", "CrossQ"]
     assert image.imread(tmp_path / "figure.png").std() > 0.01
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()}
+    assert [path.stem for path in sorted(files)] == ["CrossQ_0", "SAC_0", "SoftQ_0"]
+    again = example("two_routes.py", *steps, "--algos", "SAC", "--out", tmp_path / "figure.png")
+    assert [line for line in output.splitlines() if "SAC" in line] == again.splitlines()[:-1]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()} == files
+    error = example("two_routes.py", *steps, "--ent-coef", 0.7, "--out", tmp_path / "figure.png", code=1)
+    assert "'ent_coef': 0.8, 'first_ent_coef': 1.0}, and " in error
 
 
 def test_logged_data(tmp_path):
