@@ -252,7 +252,8 @@ class SamplingActor(Freezable, BasePolicy):
             return th.zeros(len(features), n_particles, dtype=th.long, device=self.device)
         probs = self.gate_probs(features)
         if not stratified:
-            return probs.multinomial(n_particles, replacement=True)
+            # NaN passes on to the actions, where training stops and says so
+            return probs.nan_to_num(1.0).multinomial(n_particles, replacement=True)
         strata = th.arange(n_particles, device=self.device)
         position = (th.rand(len(features), n_particles, device=self.device) + strata) / n_particles
         # a product, for cumsum has no deterministic implementation on CUDA

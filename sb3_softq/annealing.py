@@ -14,20 +14,24 @@ class Annealing:
     """
     The clock of ``annealing="auto"``.
 
-    :param done: How far it has come, from 0 to 1; it never goes back
+    :param done: How far it has come, from 0 to 1; it never goes back once there were steps of an environment
     :param length_is_known: Whether the length of training is known, or only how many updates there have been
     """
 
     done: float = 0.0
     length_is_known: bool = True
 
-    def begin(self, num_timesteps: int, reset_num_timesteps: bool) -> None:
+    def begin(self, num_timesteps: int, reset_num_timesteps: bool, n_updates: int) -> None:
         """
-        At every call of ``learn``.
+        At every call of ``learn`` or ``pretrain``.
 
         :param num_timesteps: Number of steps so far
         :param reset_num_timesteps: As ``learn`` was told
+        :param n_updates: Number of updates so far
         """
+        if num_timesteps == 0:
+            # offline training, however short, has come to its own end
+            self.done = min(self.done, n_updates / N_UPDATES)
         if reset_num_timesteps or num_timesteps == 0:
             # from the first call on, learn(..., reset_num_timesteps=False) says that more will come
             self.length_is_known = reset_num_timesteps

@@ -44,6 +44,8 @@ class MaximumEntropyAlgorithm(LoggedData):
     critic: nn.Module
     critic_target: nn.Module
     policy_delay = 1
+    # Initial value of a learned temperature where none is given, as in SAC
+    _auto_ent_coef = 1.0
     # At the last update, in nats
     _policy_entropy: float | None = None
     floats = (*LoggedData.floats, "ent_coef_learning_rate", "ent_coef", "target_entropy")
@@ -228,7 +230,7 @@ class MaximumEntropyAlgorithm(LoggedData):
         if self.target_entropy == "auto":
             self.target_entropy = self._auto_target_entropy()
         if isinstance(self.ent_coef, str):
-            initial_value = float(self.ent_coef.removeprefix("auto").removeprefix("_") or 1.0)
+            initial_value = float(self.ent_coef.removeprefix("auto").removeprefix("_") or self._auto_ent_coef)
             # The log is what is optimized, as in SAC
             self.log_ent_coef = th.full((1,), math.log(initial_value), device=self.device, requires_grad=True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self._ent_coef_lr(1.0), fused=True)

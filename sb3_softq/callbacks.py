@@ -29,7 +29,7 @@ def histogram_entropy(counts: np.ndarray) -> float:
 
 class PeriodicCallback(BaseCallback):
     """
-    Do something every ``freq`` steps of a training, counted from its start.
+    Do something every ``freq`` steps of a training, counted from its start, over all calls of ``learn`` that it consists of.
 
     :param freq: Number of steps
     :raises ValueError: if ``freq`` is not an integer >= 1
@@ -42,7 +42,9 @@ class PeriodicCallback(BaseCallback):
         self._next = 0
 
     def _on_training_start(self) -> None:
-        self._next = self.num_timesteps + self.freq
+        # of another training, or of the same one that goes on
+        if not self.num_timesteps < self._next <= self.num_timesteps + self.freq:
+            self._next = self.num_timesteps + self.freq
 
     def _on_step(self) -> bool:
         # with several environments a step of all can jump over a multiple

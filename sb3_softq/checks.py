@@ -1,5 +1,6 @@
 """Checks of constructor arguments: a ValueError names the argument, its value and what is allowed."""
 
+import copy
 import difflib
 import inspect
 import math
@@ -8,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import Schedule, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_device
 
@@ -243,6 +246,17 @@ def check_class(name: str, value: object, base: type, optional: bool = False) ->
         raise _refuse(name, value, f"{base.__name__} or a class derived from it" + (", or None" if optional else ""))
 
 
+def check_optimizer(value: Any) -> None:
+    """
+    :param value: Class of an optimizer
+    :raises ValueError: if it is none, or one that evaluates the loss by itself, as LBFGS
+    """
+    check_class("optimizer_class", value, th.optim.Optimizer)
+    closure = inspect.signature(value.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise _refuse("optimizer_class", value, "one whose step() needs no closure")
+
+
 def check_keywords(name: str, keywords: Iterable[str], cls: type) -> None:
     """
     :param name: Name of the argument that holds the keyword arguments
@@ -260,3 +274,21 @@ def check_keywords(name: str, keywords: Iterable[str], cls: type) -> None:
         # each once, without what the algorithm gives
         given = ("self", "observation_space", "action_space", "lr_schedule")
         check_choice(f"key of {name}", keyword, [k for k in dict.fromkeys(known) if k not in given])
+
+
+def check_action_noise(noise: ActionNoise | None, action_space: spaces.Space[Any], n_envs: int) -> None:
+    """
+    :param noise: Action noise
+    :param action_space: Space of the actions that it is added to
+    :param n_envs: Number of environments
+    :raises ValueError: if what it gives is not of their shape, or not finite
+    """
+    if noise is None:
+        return
+    # neither its own state nor the random numbers of training move on
+    state = np.random.get_state()
+    sample = np.asarray(copy.deepcopy(noise)())
+    np.random.set_state(state)
+    shape = action_space.shape or ()
+    if sample.shape not in (shape, (n_envs, *shape), (1, *shape), (1,) * len(shape), ()) or not np.isfinite(sample).all():
+        raise _refuse("action_noise", noise, f"one that gives finite numbers of the shape {shape} of an action")

@@ -13,8 +13,8 @@ from sb3_softq.optimization import LossAndStats, minimize
 from sb3_softq.policies import MATURE, SoftQPolicy
 from sb3_softq.soft_value import mixture_log_prob, tanh_log_det
 
-# Particles of each expert in the density
-N_PER_EXPERT = 2
+# Particles in the density, and how many of them each expert has at least
+N_PARTICLES, N_PER_EXPERT = 32, 2
 # Actions at the edges of the box have no finite pre-tanh action
 LARGEST_ACTION = 0.999
 
@@ -38,8 +38,10 @@ class BehaviourCloning(MaximumEntropyAlgorithm):
         :param n_updates: Number of gradient steps
         :param log_interval: Write the log after so many of them
         :return: This agent
-        :raises ValueError: if there are no data, see :meth:`set_data`
+        :raises ValueError: if there are no data, see :meth:`set_data`, or with ``smoothing="none"``, which has no density
         """
+        if self.actor.smoothing == "none":
+            raise ValueError("smoothing='none' is not allowed for clone_behaviour: it must be 'learned' or 'local'")
         check_integer("n_updates", n_updates, 1)
         check_integer("log_interval", log_interval, 1)
         self._begin_offline("clone")
@@ -75,11 +77,12 @@ class BehaviourCloning(MaximumEntropyAlgorithm):
         actor = self.actor
         u = th.atanh(actions.clamp(-LARGEST_ACTION, LARGEST_ACTION)).unsqueeze(1)
         features = actor.features(obs)
-        experts = actor.spread_experts(len(features), N_PER_EXPERT * actor.n_experts)
+        n_per_expert = max(N_PER_EXPERT, N_PARTICLES // actor.n_experts)
+        experts = actor.spread_experts(len(features), n_per_expert * actor.n_experts)
         mean, log_std = actor.particles(features, actor.noise(experts))
         # bfloat16 has enough digits for the networks, not for densities
         with th.autocast(self.device.type, enabled=False):
-            log_weights = actor.log_weights(features, experts) - math.log(N_PER_EXPERT)
+            log_weights = actor.log_weights(features, experts) - math.log(n_per_expert)
             log_prob = mixture_log_prob(u, mean.float(), log_std.float(), log_weights) - tanh_log_det(u)
         loss = -log_prob.mean()
         return loss, {"cloning_loss": loss.detach()}

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import BasePolicy
@@ -122,7 +123,7 @@ def compose(
     agents: Sequence[SoftQ],
     weights: Sequence[float] | None = None,
     gradient_steps: int = 10_000,
-    env: GymEnv | None = None,
+    env: GymEnv | str | None = None,
     **kwargs: Any,
 ) -> ComposedSoftQ:
     """
@@ -137,7 +138,7 @@ def compose(
     :param gradient_steps: Number of updates of the actor
     :param env: Environment of the composed agent (default: the first agent's, None if it has none), without VecNormalize
     :param kwargs: Arguments of :class:`SoftQ`, such as ``learning_rate``, ``batch_size``, ``seed``; ``ent_coef`` if it shall
-        differ from the agents'
+        differ from the agents', ``"auto_X"`` from X times the scale of their returns
     :return: The agent, trained
     :raises ValueError: if the agents do not fit together, naming what differs
     """
@@ -146,7 +147,7 @@ def compose(
     _check_agents(agents, weights, with_temperature="ent_coef" not in kwargs)
     check_integer("gradient_steps", gradient_steps, 1)
     first = agents[0]
-    env = env or first.get_env()
+    env = first.get_env() if env is None else maybe_make_env(env, 0)
     if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
         raise ValueError(f"env={env!r} is not allowed: it must be without VecNormalize, as the agents are")
     for name in _OF_THE_BUFFER & kwargs.keys():
@@ -178,6 +179,11 @@ def compose(
     if env is not None:
         model.set_env(env, force_reset=True)
 
+    if model.log_ent_coef is not None:
+        # the sum is in the environment's units, in which it has no scale of its own
+        scale = sum(abs(weight) * float(agent.critic.return_scale) for weight, agent in zip(weights, agents, strict=True))
+        with th.no_grad():
+            model.log_ent_coef += math.log(scale or 1.0)
     model.set_logger(configure(None, []))
     for step in range(gradient_steps):
         # schedules run from the first to the last update
@@ -197,6 +203,8 @@ _ACTOR_ARGUMENTS = (
     "features_extractor_class",
     "features_extractor_kwargs",
     "normalize_images",
+    "optimizer_class",
+    "optimizer_kwargs",
 )
 _SHARED_SETTINGS = (
     "actor_tau",
@@ -204,6 +212,7 @@ _SHARED_SETTINGS = (
     "batch_size",
     "learning_rate",
     "actor_learning_rate",
+    "bfloat16",
 )
 
 

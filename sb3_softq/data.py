@@ -1,6 +1,7 @@
 """Logged data: trajectories of demonstrations, or of another agent, from arrays, Minari or a replay buffer, and back."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -67,26 +68,53 @@ def from_agent(agent: OffPolicyAlgorithm) -> Iterator[Trajectory]:
     rows = rows[int(buffer.optimize_memory_usage and buffer.full) :]
     for env in range(buffer.n_envs):
         ends = np.flatnonzero(buffer.dones[rows, env]) + 1
-        for part in np.split(rows, ends):
-            if len(part) > 0:
-                last = part[-1]
-                actions = buffer.actions[part, env].reshape(len(part), *(agent.action_space.shape or ()))
-                if agent.policy.squash_output:
-                    actions = agent.policy.unscale_action(actions)
-                terminated = bool(buffer.dones[last, env] and not buffer.timeouts[last, env])
-                yield Trajectory(_observations(buffer, part, env), actions, buffer.rewards[part, env], terminated)
+        episodes = [episode for episode in np.split(rows, ends) if len(episode) > 0]
+        for part in chain.from_iterable(_pieces(buffer, episode, env) for episode in episodes):
+            last = part[-1]
+            observations = _observations(buffer, part, env, agent.observation_space)
+            actions = buffer.actions[part, env].reshape(len(part), *(agent.action_space.shape or ()))
+            if agent.policy.squash_output:
+                actions = agent.policy.unscale_action(actions)
+            terminated = bool(buffer.dones[last, env] and not buffer.timeouts[last, env])
+            yield Trajectory(observations, actions, buffer.rewards[part, env], terminated)
 
 
-def _observations(buffer: ReplayBuffer, part: np.ndarray, env: int) -> np.ndarray | dict[str, np.ndarray]:
-    """Of consecutive rows, and the one after the last."""
+def _pieces(buffer: ReplayBuffer, part: np.ndarray, env: int) -> list[np.ndarray]:
+    """Rows of one episode, split where another one began before it had ended, as at a new call of ``learn``."""
+    if buffer.optimize_memory_usage:
+        # each next observation is that of the next row
+        return [part]
+    goes_on = np.ones(len(part) - 1, dtype=bool)
+    for observations, next_observations in _arrays(buffer):
+        same = next_observations[part[:-1], env] == observations[part[1:], env]
+        goes_on &= same.reshape(len(same), -1).all(axis=1)
+    return np.split(part, np.flatnonzero(~goes_on) + 1)
+
+
+def _arrays(buffer: ReplayBuffer) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Observations and next observations, of each key where they are Dicts."""
     if isinstance(buffer, DictReplayBuffer):
+        return [(values, buffer.next_observations[key]) for key, values in buffer.observations.items()]
+    return [(buffer.observations, buffer.next_observations)]
+
+
+def _observations(
+    buffer: ReplayBuffer, part: np.ndarray, env: int, space: spaces.Space[Any]
+) -> np.ndarray | dict[str, np.ndarray]:
+    """Of consecutive rows, and the one after the last. The buffer gives those of Discrete spaces an axis."""
+    if isinstance(buffer, DictReplayBuffer):
+        assert isinstance(space, spaces.Dict)
         return {
-            key: np.concatenate([values[part, env], buffer.next_observations[key][part[-1:], env]])
-            for key, values in buffer.observations.items()
+            key: np.concatenate([values[part, env], next_values[part[-1:], env]]).reshape(
+                len(part) + 1, *(space[key].shape or ())
+            )
+            for key, (values, next_values) in zip(buffer.observations, _arrays(buffer), strict=True)
         }
     if buffer.optimize_memory_usage:
-        return buffer.observations[[*part, (part[-1] + 1) % buffer.buffer_size], env]
-    return np.concatenate([buffer.observations[part, env], buffer.next_observations[part[-1:], env]])
+        rows = buffer.observations[[*part, (part[-1] + 1) % buffer.buffer_size], env]
+    else:
+        rows = np.concatenate([buffer.observations[part, env], buffer.next_observations[part[-1:], env]])
+    return rows.reshape(len(rows), *(space.shape or ()))
 
 
 def replay_buffer_of(

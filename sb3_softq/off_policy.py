@@ -24,6 +24,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Rollout
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_softq.checks import (
+    check_action_noise,
     check_class,
     check_device,
     check_flag,
@@ -125,8 +126,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         check_number("tau", self.tau, 0.0, 1.0)
         check_number("gamma", self.gamma, 0.0, 1.0)
         check_flag("optimize_memory_usage", self.optimize_memory_usage)
-        has_dict = isinstance(self.observation_space, spaces.Dict)
-        check_replay_buffer(self.replay_buffer_class, self.n_steps, self.optimize_memory_usage, has_dict)
+        check_replay_buffer(self.replay_buffer_class, self.n_steps, self.optimize_memory_usage, self.observation_space)
+        check_action_noise(self.action_noise, self.action_space, self.n_envs)
         check_keywords("policy_kwargs", self.policy_kwargs, self.policy_class)
         if self.env is not None:
             check_vec_normalize(self.env)
@@ -141,10 +142,15 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         self.policy_kwargs = self._policy_arguments()
         try:
             super()._setup_model()
-        except (AssertionError, AttributeError, RuntimeError) as error:
+        except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+            if self.replay_buffer is None:
+                raise ValueError(
+                    f"replay_buffer_kwargs={given[1]!r} is not allowed: it must be what the replay buffer takes "
+                    f"({type(error).__name__}: {error})"
+                ) from error
             # of the networks, for instance a NatureCNN that is given no image
             raise UnsupportedSpaceError(
-                f"policy={self.policy_class.__name__!r} with policy_kwargs={self.policy_kwargs!r} is not allowed: it must be "
+                f"policy={self.policy_class.__name__!r} with policy_kwargs={given[2]!r} is not allowed: it must be "
                 f"one that can be built for observation_space={self.observation_space!r} ({type(error).__name__}: {error})"
             ) from error
         self.replay_buffer_class, self.replay_buffer_kwargs, self.policy_kwargs = given

@@ -20,7 +20,7 @@ from torch import nn
 from typing_extensions import Self
 
 from sb3_softq.actor import HEAD_ARCH, N_EXPERTS, SMOOTHINGS, SamplingActor, Smoothing
-from sb3_softq.checks import check_flag, check_integer, check_net_arch, check_number, check_type
+from sb3_softq.checks import check_class, check_flag, check_integer, check_net_arch, check_number, check_optimizer, check_type
 from sb3_softq.critic import ParticleCritic
 from sb3_softq.networks import polyak_update
 
@@ -116,7 +116,6 @@ class SoftQPolicy(BasePolicy):
         if n_bins % 2 == 0:
             raise ValueError(f"n_bins={n_bins!r} is not allowed: it must be odd")
         check_number("log_std_init", log_std_init)
-        check_flag("batch_norm", batch_norm)
         check_type("optimizer_kwargs", optimizer_kwargs, (dict,), "a dict")
         check_type("features_extractor_kwargs", features_extractor_kwargs, (dict,), "a dict")
         self.net_arch = dict(pi=[256], qf=[256, 256]) if net_arch is None else net_arch
@@ -131,6 +130,11 @@ class SoftQPolicy(BasePolicy):
         self.share_features_extractor = share_features_extractor
         self.batch_norm = batch_norm
         self.n_bins = n_bins
+        for name in ("batch_norm", "share_features_extractor", "normalize_images"):
+            check_flag(name, getattr(self, name))
+        check_class("activation_fn", activation_fn, nn.Module)
+        check_optimizer(optimizer_class)
+        check_class("features_extractor_class", features_extractor_class, nn.Module)
 
         self.actor = self.make_actor()
         # Like the target, it never shares its features extractor. It takes no random numbers from those that come after it

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -71,15 +72,16 @@ def check_newest(buffer: ReplayBuffer, n_rows: int, num_timesteps: int) -> None:
 
 
 def check_replay_buffer(
-    buffer_class: type[ReplayBuffer] | None, n_steps: int, optimize_memory_usage: bool, has_dict: bool
+    buffer_class: type[ReplayBuffer] | None, n_steps: int, optimize_memory_usage: bool, observation_space: spaces.Space[Any]
 ) -> None:
     """
     :param buffer_class: Class that was asked for, None for the one that Stable-Baselines3 chooses
     :param n_steps: Number of steps of the returns
     :param optimize_memory_usage: Whether the memory efficient variant was asked for
-    :param has_dict: Whether observations are Dicts
+    :param observation_space: Observation space
     :raises ValueError: if Stable-Baselines3 has no such buffer
     """
+    has_dict = isinstance(observation_space, spaces.Dict)
     if optimize_memory_usage and (n_steps > 1 or has_dict):
         raise ValueError(
             "optimize_memory_usage=True is not allowed with n_steps > 1 or Dict observations: it must be False, "
@@ -95,3 +97,10 @@ def check_replay_buffer(
     if buffer_class is not None and issubclass(buffer_class, DictReplayBuffer) != has_dict:
         kind = "DictReplayBuffer or HerReplayBuffer" if has_dict else "a buffer for observations that are no Dict"
         raise ValueError(f"replay_buffer_class={buffer_class!r} is not allowed: it must be {kind}")
+    if buffer_class is not None and issubclass(buffer_class, HerReplayBuffer):
+        missing = {"observation", "achieved_goal", "desired_goal"} - set(observation_space.spaces)  # type: ignore[attr-defined]
+        if missing:
+            raise ValueError(
+                f"replay_buffer_class={buffer_class!r} is not allowed without goals: observations must have the keys "
+                f"{', '.join(sorted(missing))} too"
+            )

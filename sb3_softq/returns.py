@@ -1,7 +1,9 @@
 """The scale of returns: rewards of any size become values of about 1 for the critics, in units that nobody else sees."""
 
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +20,8 @@ from sb3_softq.policies import SoftQPolicy
 
 # The largest return that has been seen is at most so many times the scale (SimbaV2)
 LARGEST_RETURN = 5.0
+# Initial value of a learned temperature, in units of the scale, where none is given
+AUTO_ENT_COEF = 0.01
 
 
 @dataclass
@@ -69,11 +73,13 @@ class ReturnScale:
         :param gamma: Discount factor
         :param bonus: What a step earns beside its reward
         """
+        # the episodes that are going on elsewhere wait
+        running, self.running = self.running, []
         first = buffer.pos if buffer.full else 0
         for row in np.arange(first, first + buffer.size()) % buffer.buffer_size:
             terminates = buffer.dones[row] * (1.0 - buffer.timeouts[row])
             self.observe(buffer.rewards[row].astype(np.float64) + bonus, terminates, gamma)
-        self.begin()
+        self.running = running
 
     def begin(self) -> None:
         """Other episodes begin."""
@@ -118,6 +124,8 @@ class ScaledReturns(MaximumEntropyAlgorithm):
     has_histograms = False
     # load() has set the returns, and sets the parameters that belong to them
     _awaits_parameters = False
+    # Whether a replay buffer was loaded that is to be taken in
+    _has_other_buffer = False
 
     def __init__(self, *args: Any, normalize_rewards: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -129,6 +137,11 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         """Current temperature in the environment's units, shape (1,), on the device."""
         ent_coef = super().ent_coef_tensor
         return ent_coef * self.critic.return_scale if self.normalize_rewards and self.log_ent_coef is not None else ent_coef
+
+    @property
+    def _auto_ent_coef(self) -> float:  # type: ignore[override]
+        """SAC's 1, in units of the scale, would drown all rewards, and take thousands of updates to fall."""
+        return AUTO_ENT_COEF if self.normalize_rewards else super()._auto_ent_coef
 
     def _check_arguments(self) -> None:
         self.has_histograms = self.has_histograms or not self._is_loaded
@@ -187,6 +200,20 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         rewards = np.asarray(reward, dtype=np.float64) + self._entropy_bonus()
         self.returns.observe(rewards, terminates, self.gamma)
 
+    def load_replay_buffer(self, path: str | Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        super().load_replay_buffer(path, truncate_last_traj)
+        self._has_other_buffer = True
+
+    def _sample(self, batch_size: int) -> Any:
+        """A buffer may pay what no episode has been paid: HER does for goals that none has reached."""
+        samples = super()._sample(batch_size)
+        if self.normalize_rewards:
+            largest = float(samples.rewards.abs().max()) * self._reward_unit()
+            if largest > self.returns.largest:
+                self.returns.largest = largest
+                self._set_return_scale()
+        return samples
+
     def _observe_buffer(self, buffer: ReplayBuffer) -> None:
         self.returns.observe_buffer(buffer, self.gamma, self._entropy_bonus())
 
@@ -223,6 +250,13 @@ class ScaledReturns(MaximumEntropyAlgorithm):
             self.returns.is_raw = True
         if self.returns.count == 0:
             self._observe_buffer(self.replay_buffer)
+        elif self._has_other_buffer:
+            other = ReturnScale(is_raw=True)
+            other.observe_buffer(self.replay_buffer, self.gamma, self._entropy_bonus())
+            # an agent's own has not: there the scale stays what it is, to the bit
+            if other.value > 2.0 * self.returns.value:
+                self.returns.at_least(other.value)
+        self._has_other_buffer = False
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_awaits_parameters"]
+        return [*super()._excluded_save_params(), "_awaits_parameters", "_has_other_buffer"]

@@ -44,8 +44,8 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param ent_coef: Temperature alpha (the inverse of the reward scale of 2017): ``"auto_0.01"`` learns it from the initial
-        value 0.01, ``"auto"`` from 1, with ``normalize_rewards`` in units of the returns' scale; a positive float, or a
-        function of the progress remaining, sets it, in the environment's units.
+        value 0.01, with ``normalize_rewards`` in units of the returns' scale, and so does ``"auto"`` (without, from 1 as SAC);
+        a positive float, or a function of the progress remaining, sets it, in the environment's units.
     :param n_value_particles: Number K of particles per next state in the soft value
     :param n_actor_particles: Number of particles per state in an actor update, at least 2 where there are several experts
     :param compile: Whether the updates are compiled with ``torch.compile``, which takes some seconds at their first call,
@@ -358,7 +358,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         if self.compile:
             check_compiler(self.device)
         super()._begin_learning(reset_num_timesteps)
-        self.annealing_clock.begin(self.num_timesteps, reset_num_timesteps)
+        self.annealing_clock.begin(self.num_timesteps, reset_num_timesteps, self._n_updates)
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()

@@ -109,7 +109,7 @@ class PolicyCallback(PeriodicCallback):
         model, logger = self.model, self.logger
         assert isinstance(model, SoftQ)
         n_modes = np.array([len(modes) for modes in model.modes(self.states)[0]])
-        logger.record("policy/entropy", float(np.mean(model.entropy(self.states))))
+        logger.record("policy/entropy", float(np.mean(model.entropy(self.states))) - model._log_scale)
         logger.record("policy/soft_value", float(np.mean(model.soft_value(self.states))))
         logger.record("policy/n_modes", float(n_modes.mean()))
         logger.record("policy/modes_per_state", n_modes, exclude=TEXT)

@@ -7,6 +7,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_softq import SoftQ
+from sb3_softq.data import from_agent
 from tests.conftest import check_training, flat, small
 
 
@@ -41,6 +42,19 @@ def test_annealing_of_a_training_in_many_calls():
         assert model._annealing() == pytest.approx(20 - 19 * model._n_updates / 10_000)
     model._n_updates = 20_000
     assert model._annealing() == 1.0
+
+
+def test_offline_training_does_not_use_up_that_of_what_comes_after_it():
+    """However short it is: it had ended where its own few updates did."""
+    collected = small(ent_coef=0.1, learning_starts=1000).learn(40)
+    model = small(ent_coef=0.1, learning_starts=0).set_data(from_agent(collected)).pretrain(30)
+    assert model._annealing() == 1.0
+    model.learn(1)
+    # the one step that it was told is all of training
+    assert model._annealing() == 1.0
+    model = small(ent_coef=0.1, learning_starts=0).set_data(from_agent(collected)).pretrain(30)
+    model.learn(20, reset_num_timesteps=False)
+    assert model._annealing() == pytest.approx(20 - 19 * 50 / 10_000)
 
 
 @pytest.mark.parametrize("reset_num_timesteps", [True, False])

@@ -16,6 +16,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.sac.policies import SACPolicy
 
@@ -154,9 +155,13 @@ def test_ent_coef_strings(value):
     assert "'auto_X' with an initial value X > 0" in message
 
 
-@pytest.mark.parametrize(("value", "expected"), [("auto", 1.0), ("auto_0.1", 0.1), ("auto_1e-2", 0.01), ("auto_5", 5.0)])
+@pytest.mark.parametrize(("value", "expected"), [("auto", 0.01), ("auto_0.1", 0.1), ("auto_1e-2", 0.01), ("auto_5", 5.0)])
 def test_initial_temperature(value, expected):
     assert tiny(ent_coef=value).ent_coef_tensor.item() == pytest.approx(expected)
+
+
+def test_initial_temperature_without_a_scale_is_that_of_sac():
+    assert tiny(ent_coef="auto", normalize_rewards=False).ent_coef_tensor.item() == pytest.approx(1.0)
 
 
 def test_numbers_as_strings_are_numbers():
@@ -218,6 +223,13 @@ def test_policy_kwargs_is_a_dict(value):
         ("smoothing", None),
         ("batch_norm", 1),
         ("batch_norm", None),
+        ("share_features_extractor", "no"),
+        ("normalize_images", 0),
+        ("activation_fn", "relu"),
+        ("activation_fn", th.relu),
+        ("optimizer_class", "adam"),
+        ("optimizer_class", th.optim.LBFGS),
+        ("features_extractor_class", "NatureCNN"),
         ("optimizer_kwargs", "eps=1e-3"),
         ("features_extractor_kwargs", 3),
     ],
@@ -225,6 +237,41 @@ def test_policy_kwargs_is_a_dict(value):
 def test_policy_arguments(name, value):
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not")):
         tiny(policy_kwargs={name: value})
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("policy_kwargs", dict(policy_kwargs=dict(optimizer_kwargs=dict(beta=0.9)))),
+        ("policy_kwargs", dict(policy_kwargs=dict(features_extractor_kwargs=dict(n_features=3)))),
+        ("replay_buffer_kwargs", dict(replay_buffer_kwargs=dict(handle_timeouts=True))),
+    ],
+)
+def test_keyword_arguments_that_are_handed_on(algorithm, name, kwargs):
+    """The word that is not known is in the message too."""
+    (inner,) = kwargs[name].values() if name == "policy_kwargs" else [kwargs[name]]
+    with pytest.raises(ValueError, match=rf"{name}=.*{next(iter(inner))}.* is not allowed.*TypeError"):
+        tiny(OneStep() if algorithm is SoftQ else OneStepDiscrete(), algorithm, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [NormalActionNoise(np.zeros(3), np.ones(3)), NormalActionNoise(np.zeros(2), np.full(2, np.nan)), lambda: None],
+)
+def test_action_noise_that_does_not_fit(noise):
+    refused("action_noise", noise)
+
+
+@pytest.mark.parametrize("sigma", [np.ones(2), np.ones(1)])
+def test_trying_action_noise_changes_nothing(sigma):
+    noise = OrnsteinUhlenbeckActionNoise(np.zeros_like(sigma), sigma)
+    np.random.seed(3)
+    expected = np.random.rand()
+    np.random.seed(3)
+    tiny(action_noise=noise)
+    assert np.random.rand() == expected
+    assert not noise.noise_prev.any()
 
 
 def test_unknown_names_of_anything():
@@ -298,6 +345,7 @@ def test_policy_classes(policy):
         (SimpleMultiObsEnv(discrete_actions=False), {"n_steps": 2}, "n_steps"),
         (SimpleMultiObsEnv(discrete_actions=False), {"replay_buffer_class": ReplayBuffer}, "replay_buffer_class"),
         (OneStep(), {"replay_buffer_class": HerReplayBuffer}, "replay_buffer_class"),
+        (SimpleMultiObsEnv(discrete_actions=False), {"replay_buffer_class": HerReplayBuffer}, "replay_buffer_class"),
         (OneStep(), {"n_steps": 2, "replay_buffer_class": ReplayBuffer}, "n_steps"),
     ],
 )
@@ -387,7 +435,7 @@ def works_or_is_refused(make, kwargs, *more_names):
     except ValueError as error:
         message = str(error)
     # extreme values, which no check can tell from daring ones, stop with a word of advice
-    assert "training stopped" in message if message else model.num_timesteps >= 12
+    assert "training stopped" in message.lower() if message else model.num_timesteps >= 12
 
 
 @settings(deadline=None, max_examples=150)

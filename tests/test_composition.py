@@ -4,6 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import VecNormalize
@@ -146,6 +147,25 @@ def test_one_agent_is_not_enough():
 
 def test_another_temperature_can_be_given():
     assert compose([agent(), agent(ent_coef=0.4)], gradient_steps=1, ent_coef=0.2).ent_coef == 0.2
+
+
+def test_a_learned_temperature_begins_in_units_of_the_agents_returns():
+    env = TransformReward(gym.make("Pendulum-v1"), lambda reward: 100 * reward)
+    agents = [small(env=env, seed=seed).learn(60) for seed in (0, 1)]
+    scale = sum(2 * agent.critic.return_scale.item() for agent in agents)
+    composed = compose(agents, [2, -2], gradient_steps=1, ent_coef="auto_0.5", ent_coef_learning_rate=1e-9, batch_size=8)
+    assert composed.ent_coef_tensor.item() == pytest.approx(0.5 * scale, rel=1e-4)
+    assert scale > 100
+
+
+def test_what_the_actor_is_trained_with_is_the_first_agents():
+    policy_kwargs = dict(net_arch=[8], optimizer_class=th.optim.SGD, optimizer_kwargs=dict(momentum=0.5))
+    agents = [small(env="Pendulum-v1", ent_coef=0.1, bfloat16=True, policy_kwargs=policy_kwargs).learn(40) for _ in range(2)]
+    composed = compose(agents, gradient_steps=2, env="Pendulum-v1", batch_size=8)
+    assert type(composed.actor.optimizer) is th.optim.SGD
+    assert composed.actor.optimizer.defaults["momentum"] == 0.5
+    assert composed.bfloat16
+    assert composed.get_env().num_envs == 1
 
 
 def test_particle_options_of_the_first_agent():

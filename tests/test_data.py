@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import HerReplayBuffer
+from stable_baselines3 import DQN, SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.logger import configure
@@ -222,6 +222,26 @@ def test_the_deterministic_action_of_an_imitation_is_the_more_frequent_one():
     # until the critics have taught the actor something else
     model.pretrain(1)
     assert not np.array_equal(model.predict(new, deterministic=True)[0].ravel(), found)
+
+
+def test_one_expert_learns_both_ways_too():
+    """With two particles its density was so loose that a Gaussian between the ways was as good."""
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1.0, 1.0, (1001, 3)).astype(np.float32)
+    actions = (rng.choice([-1.4, 1.4], 1000) + 0.1 * rng.standard_normal(1000))[:, None]
+    policy_kwargs = dict(net_arch=[32], n_experts=1)
+    model = SoftQ("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, batch_size=64, seed=0, device="cpu")
+    model.set_data([Trajectory(obs, actions, np.zeros(1000), False)]).clone_behaviour(600)
+    found = model.sample_actions(obs[0], n=500).ravel()
+    assert (np.abs(found) < 0.7).mean() < 0.1
+    assert 0.3 < (found > 0).mean() < 0.7
+
+
+def test_a_sampler_without_a_density_cannot_imitate():
+    model = small(env=RandomEnv(ACTIONS), policy_kwargs=dict(net_arch=[8], smoothing="none"), repulsion="kernel")
+    model.set_data(collect(RandomEnv(ACTIONS)))
+    with pytest.raises(ValueError, match="smoothing='none' is not allowed for clone_behaviour"):
+        model.clone_behaviour(1)
 
 
 @pytest.mark.parametrize("log_interval", [1, 7, 1000])
@@ -475,6 +495,55 @@ def test_data_of_an_agent_and_back(algorithm, policy, env):
 
 def sliced(values, n):
     return {key: value[:n] for key, value in values.items()} if isinstance(values, dict) else values[:n]
+
+
+class Cells(gym.Env):
+    """Discrete observations, alone or in a Dict: the number of the step."""
+
+    def __init__(self, in_dict, action_space):
+        self.space = spaces.Discrete(50)
+        self.observation_space = spaces.Dict(cell=self.space, x=spaces.Box(0, 50, (2,))) if in_dict else self.space
+        self.in_dict, self.action_space = in_dict, action_space
+
+    def observe(self):
+        return {"cell": self.n, "x": np.full(2, self.n, dtype=np.float32)} if self.in_dict else self.n
+
+    def reset(self, *, seed=None, options=None):
+        self.n = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.n += 1
+        return self.observe(), 1.0, self.n == 20, False, {}
+
+
+@pytest.mark.parametrize("in_dict", [False, True])
+@pytest.mark.parametrize(("teacher", "algorithm"), [(DQN, DiscreteSoftQ), (SAC, SoftQ)])
+def test_discrete_observations_of_an_agent(teacher, algorithm, in_dict):
+    env = Cells(in_dict, spaces.Discrete(2) if teacher is DQN else ACTIONS)
+    policy = "MultiInputPolicy" if in_dict else "MlpPolicy"
+    agent = teacher(policy, env, buffer_size=100, learning_starts=1000, device="cpu").learn(48)
+    trajectories = list(from_agent(agent))
+    assert [len(trajectory.rewards) for trajectory in trajectories] == [20, 20, 8]
+    cells = trajectories[1].observations["cell"] if in_dict else trajectories[1].observations
+    assert cells.tolist() == list(range(21))
+    assert small(algorithm, policy, env=env).set_data(trajectories).pretrain(2)._n_updates == 2
+
+
+@pytest.mark.parametrize("in_dict", [False, True])
+@pytest.mark.parametrize("teacher", [SAC, SoftQ])
+def test_an_episode_that_was_left_does_not_go_on_in_the_next(teacher, in_dict):
+    """At a new call of ``learn``, where a foreign agent's buffer marks nothing."""
+    policy = "MultiInputPolicy" if in_dict else "MlpPolicy"
+    agent = teacher(policy, Cells(in_dict, ACTIONS), buffer_size=100, learning_starts=1000, device="cpu")
+    for n in (5, 7, 25):
+        agent.learn(n)
+    trajectories = list(from_agent(agent))
+    assert [len(trajectory.rewards) for trajectory in trajectories] == [5, 7, 20, 5]
+    for trajectory in trajectories:
+        cells = trajectory.observations["cell"] if in_dict else trajectory.observations
+        assert cells.tolist() == list(range(len(trajectory.rewards) + 1))
+    assert [trajectory.terminated for trajectory in trajectories] == [False, False, True, False]
 
 
 def test_agents_without_data_are_refused():

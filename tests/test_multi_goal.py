@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_softq.callbacks import GoalCallback, PlotCallback
+from sb3_softq.callbacks import GoalCallback, PeriodicCallback, PlotCallback
 from sb3_softq.envs import MultiGoalEnv
 from sb3_softq.envs.multi_goal import GOALS, roll_out
 from sb3_softq.plots import draw_multi_goal, figure_to_array, new_figure, plot_level_curves
@@ -222,3 +222,24 @@ def test_plot_callback(tmp_path):
 def test_bad_callbacks(kwargs, tmp_path):
     with pytest.raises(ValueError, match=r"(freq|fps)=.* is not allowed: it must be an integer >= 1"):
         PlotCallback(lambda model: None, tmp_path, **kwargs)
+
+
+def test_periods_go_on_over_calls_of_learn(tmp_path):
+    """As those of Stable-Baselines3's callbacks: calls shorter than a period saw none."""
+    steps = []
+
+    class Record(PeriodicCallback):
+        def _on_period(self):
+            steps.append(self.num_timesteps)
+
+    callback, model = Record(freq=50), small(learning_starts=1000)
+    for _ in range(8):
+        model.learn(30, callback, reset_num_timesteps=False)
+    assert steps == [50, 100, 150, 200]
+    # another training counts from its own start
+    model.learn(60, callback)
+    assert steps == [50, 100, 150, 200, 50]
+    del steps[:]
+    other = small(learning_starts=1000).learn(500)
+    other.learn(120, callback, reset_num_timesteps=False)
+    assert steps == [550, 600]

@@ -9,7 +9,9 @@ import torch as th
 from gymnasium.wrappers import TransformReward
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_softq import SoftQ
@@ -104,6 +106,60 @@ def test_a_loaded_buffer_alone_tells_the_scale(tmp_path):
     learns.load_replay_buffer(tmp_path / "buffer.pkl")
     learns.learn(5)
     assert learns.returns.count == 305
+
+
+class RareGoal(BitFlippingEnv):
+    """Pays 100 at the goal alone, which no episode reaches: its bits are those of the action, not of the goal."""
+
+    def __init__(self):
+        super().__init__(n_bits=12, continuous=True)
+
+    def compute_reward(self, achieved_goal, desired_goal, info):
+        return 100.0 * np.all(achieved_goal == desired_goal, axis=-1)
+
+
+def test_what_her_pays_for_goals_that_no_episode_has_reached():
+    """Its rewards were cut off at the support's end, 8 times a scale of 1."""
+    model = small(policy="MultiInputPolicy", env=RareGoal(), replay_buffer_class=HerReplayBuffer, learning_starts=50).learn(80)
+    assert model.replay_buffer.rewards.max() == 0.0
+    assert model.critic.return_scale.item() == pytest.approx(100.0 / LARGEST_RETURN)
+    assert model.returns.value == pytest.approx(100.0 / LARGEST_RETURN)
+
+
+@pytest.mark.parametrize("begins", ["learn", "set_data", "load"])
+def test_a_buffer_of_larger_returns_counts_whenever_it_is_loaded(tmp_path, begins):
+    rich = small(env=TransformReward(gym.make("Pendulum-v1"), lambda r: 1000 * r), buffer_size=300).learn(200)
+    rich.save_replay_buffer(tmp_path / "buffer.pkl")
+    model = small(env="Pendulum-v1", buffer_size=300)
+    if begins == "set_data":
+        model.set_data(from_agent(small(env="Pendulum-v1").learn(40)))
+    else:
+        model.learn(40)
+    if begins == "load":
+        model.save(tmp_path / "agent")
+        model = SoftQ.load(tmp_path / "agent", env=model.get_env())
+    own = model.returns.value
+    model.load_replay_buffer(tmp_path / "buffer.pkl")
+    model.learn(40, reset_num_timesteps=False)
+    assert model.critic.return_scale.item() == pytest.approx(rich.returns.value, rel=0.05)
+    assert own < 0.1 * rich.returns.value
+
+
+def test_data_that_come_in_the_middle_leave_the_episodes_that_are_going_on():
+    model = small(env="Pendulum-v1").learn(50)
+    running = model.returns.running
+    data = list(from_agent(model))
+    fresh = small(env="Pendulum-v1").set_data(data)
+    model.set_data(data)
+    assert model.returns.running == running
+    assert running[0] != 0.0
+    # and do not begin with their return
+    assert fresh.returns.running == []
+    assert model.returns.largest == pytest.approx(max(fresh.returns.largest, model.returns.largest))
+    returns = ReturnScale(running=[-1e6])
+    returns.observe_buffer(model.replay_buffer, 0.99)
+    assert returns.largest < 1e4
+    assert returns.running == [-1e6]
 
 
 def test_fixed_temperatures_count_their_entropy():

@@ -73,6 +73,17 @@ def test_the_policy_at_fixed_states(tmp_path):
     assert not np.array_equal(video[0], video[-1])
 
 
+def test_the_entropy_has_the_units_of_that_of_training(tmp_path):
+    """Over the normalised box, whatever the environment's is."""
+    model = small(env="Pendulum-v1", learning_starts=100, tensorboard_log=str(tmp_path))
+    model.learn(60, PolicyCallback(freq=60), log_interval=1)
+    model.logger.dump(60)
+    entropy = events(tmp_path).Scalars("policy/entropy")[-1].value
+    assert entropy <= np.log(2) + 0.05
+    obs = np.array([[1.0, 0.0, 0.0]] * 4, dtype=np.float32)
+    assert entropy == pytest.approx(model.entropy(obs).mean() - np.log(2), abs=0.3)
+
+
 def test_states_are_those_that_training_begins_with(tmp_path):
     venv = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 3))
     model = small(env=venv, tensorboard_log=str(tmp_path))

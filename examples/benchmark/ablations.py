@@ -51,7 +51,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     # temperature and critics
     "fixed-temperature-0.1": dict(ent_coef=0.1),
     "fixed-temperature-0.03": dict(ent_coef=0.03),
-    "temperature-from-1": dict(ent_coef="auto"),
+    "temperature-from-1": dict(ent_coef="auto_1"),
     "joint-gradient": dict(variant="joint_gradient"),
     "no-batch-norm": {"policy_kwargs.batch_norm": False, "tau": 0.005, "learning_rate": 3e-4},
 }
