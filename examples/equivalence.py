@@ -11,6 +11,7 @@ target y(s, a), the gradient of soft Q-learning's loss is
 alpha times an entropy-regularised policy gradient and a regression of the value on V_target = E_pi[y] + alpha H(pi).
 """
 
+import argparse
 from pathlib import Path
 
 import torch as th
@@ -56,6 +57,10 @@ def relative_difference(alpha: float, off_policy: float, seed: int = 0) -> float
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure")
+    args = parser.parse_args()
+
     import matplotlib
 
     matplotlib.use("Agg")
@@ -73,9 +78,9 @@ def main() -> None:
         title="Soft Q-learning and the policy gradient\nare the same thing on-policy only",
     )
     axes.legend()
-    OUT.parent.mkdir(exist_ok=True)
-    figure.savefig(OUT, dpi=120)
-    print(OUT)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=120)
+    print(args.out)
 
 
 if __name__ == "__main__":

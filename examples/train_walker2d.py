@@ -103,6 +103,10 @@ def make_model(args: argparse.Namespace) -> SoftQ:
         # where nothing can be trained, a mistyped name say, the earlier run stays
         SoftQ("MlpPolicy", args.env, buffer_size=1)
         set_earlier_run_aside(args.out)
+    if resumed:
+        # the files of a run that is still going on are its own
+        with folder_lock(checkpoints):
+            pass
     # One file per session, named after its first step: what a killed session did after its last checkpoint stays apart
     start = steps_done(checkpoints) if resumed else 0
     env = Monitor(gym.make(args.env), str(args.out / "monitor" / f"{start:010d}"))
@@ -150,12 +154,14 @@ def load_training_episodes(out: Path) -> tuple[np.ndarray, np.ndarray]:
     returns: list[float] = []
     for path in sorted((out / "monitor").glob("*.monitor.csv")):
         session_start = int(path.name.split(".")[0])
+        # after two lines of header: return, length, time
+        rows = [line.split(",") for line in path.read_text().splitlines()[2:]]
+        if not rows:
+            continue
         # A session that was killed went on for a while after the checkpoint that the next one started from
         while steps and steps[-1] > session_start:
             steps.pop()
             returns.pop()
-        # after two lines of header: return, length, time
-        rows = [line.split(",") for line in path.read_text().splitlines()[2:]]
         steps += [session_start + int(step) for step in np.cumsum([int(row[1]) for row in rows])]
         returns += [float(row[0]) for row in rows]
     return np.array(steps), np.array(returns)

@@ -95,7 +95,8 @@ class ResumableCheckpoint(BaseCallback):
     def __init__(self, save_freq: int, path: str | Path, keep: int = 2, on_disk_error: str = "raise"):
         super().__init__()
         self.save_freq = check_integer("save_freq", save_freq, 1)
-        self.path = Path(path)
+        # an environment may change the working directory
+        self.path = Path(path).absolute()
         self.keep = check_integer("keep", keep, 1)
         if on_disk_error not in ("raise", "continue"):
             raise ValueError(f'on_disk_error={on_disk_error!r} is not allowed: it must be "raise" or "continue"')
@@ -126,7 +127,7 @@ class ResumableCheckpoint(BaseCallback):
         self._lock = lock
         # when training ends by an error of an environment, it may not answer any more
         manifest.describe(self.training_env)
-        self._interruption.watch(self.model)
+        self._interruption.watch(self.model, self.locals.get("callback"))
 
     def _on_rollout_start(self) -> None:
         self._is_between_rollouts = True
@@ -238,7 +239,7 @@ class ResumableCheckpoint(BaseCallback):
             saved, linked = save_segments(buffer, temporary, replaced, steps)
         else:
             self.model.save_replay_buffer(temporary / "replay_buffer.pkl")
-        lost = None
+        lost: str | None = "training had ended in the middle of a rollout"
         if self._is_between_rollouts and self.model._last_obs is not None:
             lost = save_environments(self.model, temporary / ENVIRONMENTS)
         save_random_state(self.model, temporary / "random.json")
@@ -326,6 +327,8 @@ def resume(
         env = _restore_vec_normalize(statistics, env)
     manifest.check_env(saved, env, other_env)
     model = cls.load(folder / (PLAIN_MODEL if (folder / PLAIN_MODEL).exists() else MODEL), env=env, **kwargs)
+    if saved.get("logged_data"):
+        warnings.warn("Logged data are not in a checkpoint: set_data(...) them again", stacklevel=2)
     goes_on = _restore_environments(model, folder, saved)
     _restore_buffer(model, folder, goes_on)
     if not goes_on and model.seed is not None:

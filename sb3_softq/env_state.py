@@ -45,7 +45,8 @@ _WINDOW, _CLOCK_AND_FILE = {"screen", "clock", "surf", "isopen"}, {"t_start", "r
 _STATISTICS = (RunningMeanStd, VecRunningMeanStd)
 _CONSTANTS = (type, ModuleType, EnvSpec)
 # Those that may change in place
-_CONTAINERS = (list, dict, deque, np.ndarray, np.random.Generator)
+_IN_PLACE = (list, dict, deque, np.random.Generator)
+_CONTAINERS = (*_IN_PLACE, np.ndarray)
 
 
 def _call(env: Env, function: Callable[..., Any], *args: Any) -> Any:
@@ -61,15 +62,17 @@ def _call(env: Env, function: Callable[..., Any], *args: Any) -> Any:
 setattr(gym.Env, CALL, _call)
 
 
-def capture(env: Env) -> State:
+def capture(env: Env) -> tuple[Any, dict[str, np.ndarray]]:
     """
     :param env: An environment
-    :return: State of each layer by the name of its class
+    :return: State of each layer by the name of its class, :data:`State`, as :func:`sb3_softq.plain_values.encode` gives it
     :raises OpaqueError: if it cannot be had
     """
-    found = [(_name(layer), _state(layer)) for layer in _layers(env)]
-    encode(found, {}, "state")
-    return found
+    layers = list(_layers(env))
+    found = [(_name(layer), _state(layer)) for layer in layers]
+    _check_links(layers, found)
+    arrays: dict[str, np.ndarray] = {}
+    return encode(found, arrays, "state"), arrays
 
 
 def refusal(env: Env, saved: State) -> str | None:
@@ -125,7 +128,27 @@ def _restore_attribute(layer: Env, name: str, value: Any, is_changing: bool) -> 
             # where it lies: other attributes may be views of it
             own[...] = value
     elif not _same(own, value):
-        setattr(layer, name, value)
+        setattr(layer, name, _put(own, value))
+
+
+def _put(own: Any, value: Any) -> Any:
+    """A value, in the place of what is there where that can be changed: others may hold it too, a callback say."""
+    if type(own) is not type(value) or not isinstance(value, _IN_PLACE):
+        return value
+    if isinstance(value, np.random.Generator):
+        if type(own.bit_generator) is not type(value.bit_generator):
+            return value
+        own.bit_generator.state = value.bit_generator.state
+    elif isinstance(value, dict):
+        pairs = {key: _put(own.get(key), x) for key, x in value.items()}
+        own.clear()
+        own.update(pairs)
+    else:
+        known = [*own, *[None] * len(value)]
+        items = [_put(known[i], x) for i, x in enumerate(value)]
+        own.clear()
+        own.extend(items)
+    return own
 
 
 def _may_change(own: Any, value: Any, is_changing: bool) -> bool:
@@ -177,6 +200,21 @@ def _state(layer: Env) -> dict[str, Any]:
             encode(value, {}, f"{cls.__name__}.{name}")
             found[name] = value
     return found
+
+
+def _check_links(layers: list[Env], found: State) -> None:
+    """
+    Refuse what two attributes hold and a method has made: each would get one of its own. What constructors have made is linked
+    in a new environment too, and changed in place there.
+    """
+    changing = _changing(layers)
+    holders: dict[int, tuple[int, str]] = {}
+    for number, (layer, (_, state)) in enumerate(zip(layers, found, strict=True)):
+        for name in state.keys() & vars(layer).keys():
+            if isinstance(vars(layer)[name], _IN_PLACE):
+                first = holders.setdefault(id(vars(layer)[name]), (number, name))
+                if first != (number, name) and changing & {first[1], name}:
+                    raise OpaqueError(f"{type(layer).__name__}.{name} is the same object as another attribute, {first[1]}")
 
 
 def _is_shared(layer: Env, value: Any) -> bool:

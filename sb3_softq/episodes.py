@@ -98,6 +98,8 @@ def _collect(model: OffPolicyAlgorithm) -> dict[str, Any]:
     for index, state in enumerate(found):
         if isinstance(state, str):
             raise OpaqueError(f"environment {index}: {state}")
+    # each has encoded its own, which can always be pickled
+    found = [decode(*answer) for answer in found]
     return {
         "vec": [(type(wrapper).__name__, _vec_state(wrapper)) for wrapper in wrappers],
         "envs": found,

@@ -51,8 +51,11 @@ def latest(path: str | Path) -> Path | None:
     for folder in reversed(checkpoints(Path(path))):
         try:
             manifest.read(folder)
-        except DamagedCheckpointError:
-            continue
+        except (DamagedCheckpointError, FileNotFoundError):
+            if folder.exists():
+                continue
+            # a newer one has taken its place meanwhile
+            return latest(path)
         return folder
     return None
 
@@ -87,7 +90,10 @@ def newest_intact(path: Path) -> tuple[Path, dict[str, Any]]:
     for folder in reversed(checkpoints(path)):
         try:
             return folder, manifest.read(folder)
-        except DamagedCheckpointError as error:
+        except (DamagedCheckpointError, FileNotFoundError) as error:
+            if not folder.exists():
+                # a newer one has taken its place meanwhile
+                return newest_intact(path)
             damages.append(str(error))
             aside = folder.with_name(DAMAGED + folder.name)
             shutil.rmtree(aside, ignore_errors=True)

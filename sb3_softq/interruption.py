@@ -12,6 +12,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_softq.env_state import CALL
+from sb3_softq.faults import flatten
 
 # Those that end a process whose program does not know them, and what such a program has for them; Windows has no SIGHUP
 HANDLERS: dict[int, Any] = {
@@ -30,11 +31,21 @@ MESSAGE = (
 )
 
 
+# In the process of an environment: handlers that have been replaced there, by their signal
+_replaced: dict[int, Any] = {}
+
+
 def _outlive_signals(env: Any) -> None:
-    """In the process of an environment: the rollout that is going on needs it, and it ends with the training's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGTERM, _end_later)
+    """
+    In the process of an environment: the rollout that is going on needs it, and it ends with the training's process. Handlers
+    that the environment has set stay.
+    """
+    own = {signal.SIGINT: signal.SIG_IGN} | ({signal.SIGTERM: _end_later} if hasattr(signal, "SIGALRM") else {})
+    for number, handler in own.items():
+        before = signal.getsignal(number)
+        if before in (signal.SIG_DFL, signal.default_int_handler):
+            _replaced[number] = before
+            signal.signal(number, handler)
 
 
 def _end_later(number: int, frame: FrameType | None) -> None:
@@ -45,8 +56,8 @@ def _end_later(number: int, frame: FrameType | None) -> None:
 
 def _end_by_signals(env: Any) -> None:
     """As it was before :func:`_outlive_signals`."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while _replaced:
+        signal.signal(*_replaced.popitem())
 
 
 class Interruption:
@@ -57,14 +68,18 @@ class Interruption:
         self.number: int | None = None
         self._watched: list[int] = []
         self._model: OffPolicyAlgorithm | None = None
+        # of training and of evaluations
+        self._environments: list[Any] = []
 
-    def watch(self, model: OffPolicyAlgorithm) -> None:
+    def watch(self, model: OffPolicyAlgorithm, callback: Any = None) -> None:
         """
         Take the place of the handlers that would end the process at once; those that the program has set stay.
 
         :param model: Which trains
+        :param callback: What ``learn`` was given, whose evaluations have environments too
         """
         self.number, self._model = None, model
+        self._environments = [model.get_env(), *(getattr(each, "eval_env", None) for each in flatten(callback))]
         if threading.current_thread() is not threading.main_thread():
             return
         self._watched = [number for number, handler in HANDLERS.items() if signal.getsignal(number) is handler]
@@ -75,12 +90,12 @@ class Interruption:
             self._tell_environments(_outlive_signals)
 
     def _tell_environments(self, what: Callable[[Any], None]) -> None:
-        env = None if self._model is None else self._model.get_env()
-        workers = None if env is None else env.unwrapped
-        if isinstance(workers, SubprocVecEnv) and not workers.waiting and not workers.closed:
-            # one that has ended will be told of by a step
-            with suppress(EOFError, OSError):
-                workers.env_method(CALL, what)
+        for env in self._environments:
+            workers = getattr(env, "unwrapped", None)
+            if isinstance(workers, SubprocVecEnv) and not workers.waiting and not workers.closed:
+                # one that has ended will be told of by a step
+                with suppress(EOFError, OSError):
+                    workers.env_method(CALL, what)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

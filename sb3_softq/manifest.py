@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,8 +15,9 @@ import numpy as np
 import stable_baselines3
 import torch as th
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, unwrap_vec_normalize
 
+from sb3_softq.env_state import CALL
 from sb3_softq.version import __version__
 
 NAME = "manifest.json"
@@ -28,7 +30,7 @@ _OF_PICTURES = {"render_mode", "camera_id", "camera_name", "default_camera_confi
 # Sizes and times of the files of a folder whose contents this process has found to be those that were written
 _intact: dict[Path, list[tuple[str, int, int, int]]] = {}
 # Of environments that were asked
-_specs_of: WeakKeyDictionary[VecEnv, list[Any] | None] = WeakKeyDictionary()
+_specs_of: WeakKeyDictionary[VecEnv, dict[str, Any] | None] = WeakKeyDictionary()
 
 
 class DamagedCheckpointError(ValueError):
@@ -66,6 +68,7 @@ def write(
         "num_timesteps": model.num_timesteps,
         **({} if env is None else describe(env)),
         "new_episodes": new_episodes,
+        "logged_data": getattr(model, "logged_data", None) is not None,
         "files": {
             file.name: files.get(file.name) or {"size": file.stat().st_size, "sha256": _digest(file)}
             for file in sorted(folder.iterdir())
@@ -128,11 +131,9 @@ def describe(env: VecEnv) -> dict[str, Any]:
     :param env: Environments
     :return: What of them a checkpoint depends on
     """
-    specs = _specs(env)
-    spec = None if specs is None else specs[0]
     vec_normalize = unwrap_vec_normalize(env)
     return {
-        "env": None if spec is None else {"id": spec.id, "kwargs": _plain(spec.kwargs)},
+        "env": _spec_of(env),
         "n_envs": env.num_envs,
         "observation_space": repr(env.observation_space),
         "action_space": repr(env.action_space),
@@ -192,14 +193,23 @@ def _entries(base: Path, names: Collection[str]) -> dict[str, Any]:
         return {}
 
 
-def _specs(env: VecEnv) -> list[Any] | None:
-    """Of the environments, which are asked once: later their processes may have ended."""
+def _spec_of(env: VecEnv) -> dict[str, Any] | None:
+    """Of the first environment, which is asked once: later its process may have ended."""
     if env not in _specs_of:
         try:
-            _specs_of[env] = env.get_attr("spec")
+            if isinstance(env.unwrapped, DummyVecEnv | SubprocVecEnv):
+                # by itself: arguments that cannot be pickled would end its process
+                (found,) = env.env_method(CALL, _spec, indices=[0])
+            else:
+                found = _spec(SimpleNamespace(spec=env.get_attr("spec")[0]))
         except AttributeError:
-            _specs_of[env] = None
+            found = None
+        _specs_of[env] = found if isinstance(found, dict) else None
     return _specs_of[env]
+
+
+def _spec(env: Any) -> dict[str, Any] | None:
+    return None if env.spec is None else {"id": env.spec.id, "kwargs": _plain(env.spec.kwargs)}
 
 
 def _arguments(model: OffPolicyAlgorithm) -> dict[str, Any]:
@@ -215,10 +225,14 @@ def _plain(value: Any) -> Any:
         return [_plain(x) for x in value]
     if isinstance(value, np.number):
         return value.item()
-    return _without_address(value if value is None or isinstance(value, bool | int | float | str) else repr(value))
+    return without_address(value if value is None or isinstance(value, bool | int | float | str) else repr(value))
 
 
-def _without_address(value: Any) -> Any:
+def without_address(value: Any) -> Any:
+    """
+    :param value: How something looks
+    :return: The same, wherever in memory it lies
+    """
     return re.sub(r" at 0x[0-9a-fA-F]+", "", value) if isinstance(value, str) else value
 
 

@@ -231,6 +231,11 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
     ) -> tuple[int, BaseCallback]:
         self._begin_learning(reset_num_timesteps)
         resets = reset_num_timesteps or self._last_obs is None
+        if self.replay_buffer is not None and self.replay_buffer.n_envs != self.n_envs:
+            raise ValueError(
+                f"replay_buffer with transitions of n_envs={self.replay_buffer.n_envs} is not allowed for learn(): it must be "
+                f"n_envs={self.n_envs}, as env has"
+            )
         if self.replay_buffer is not None and (resets or self._buffer_is_loaded):
             # what comes next is another episode: SB3 resets the environment, or the buffer came from another run
             end_trajectory(self.replay_buffer)
@@ -293,6 +298,9 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfChecked:
+        if not reset_num_timesteps:
+            # of a run that goes on, whose last rollout may have gone beyond its end
+            total_timesteps = max(total_timesteps, 0)
         check_number("total_timesteps", 0 if total_timesteps == math.inf else total_timesteps, 0.0)
         self._stored = self.num_timesteps, statistics(self._vec_normalize_env)
         for each in flatten(callback):

@@ -120,8 +120,10 @@ def _without_tensors(value: Any, name: str, tensors: dict[str, np.ndarray]) -> A
         return {"tuple": [_without_tensors(x, f"{name}/{i}", tensors) for i, x in enumerate(value)]}
     if isinstance(value, list):
         return [_without_tensors(x, f"{name}/{i}", tensors) for i, x in enumerate(value)]
+    if isinstance(value, np.generic):
+        return value.item()
     if value is not None and not isinstance(value, bool | int | float | str):
-        raise ValueError(f"{name} is {value!r}, which a file of tensors cannot hold")
+        raise OpaqueError(f"{name} is {value!r}, which a file of tensors cannot hold")
     return value
 
 

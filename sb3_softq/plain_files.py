@@ -124,7 +124,9 @@ def save_vec_normalize(env: VecNormalize, path: Path) -> None:
     if env.norm_obs:
         rms: Any = env.obs_rms
         statistics["obs"] = {k: _numbers(v) for k, v in rms.items()} if isinstance(rms, dict) else _numbers(rms)
-    path.write_text(json.dumps({"settings": {name: getattr(env, name) for name in _VEC_NORMALIZE}, "statistics": statistics}))
+    settings = {name: getattr(env, name) for name in _VEC_NORMALIZE}
+    # they may be numbers of numpy
+    path.write_text(json.dumps({"settings": settings, "statistics": statistics}, default=lambda value: value.item()))
 
 
 def load_vec_normalize(path: Path, env: VecEnv) -> VecNormalize:

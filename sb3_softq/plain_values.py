@@ -2,7 +2,7 @@
 
 import dis
 import inspect
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from functools import cache, cached_property
 from types import CodeType, FunctionType
@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 _GENERATORS = {cls.__name__: cls for cls in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox)}
+# What makes the values that a defaultdict lacks
+_FACTORIES = {cls.__name__: cls for cls in (bool, int, float, str, list, tuple, dict)}
 # Numbers of a list that take less room, and time, as an array
 _LONG = 16
 
@@ -31,7 +33,8 @@ class Objects(Protocol):
 
 def encode(value: Any, arrays: dict[str, np.ndarray], name: str, objects: Objects | None = None) -> Any:
     """
-    :param value: Made of None, bool, int, float, str, list, tuple, deque, dict, arrays, numpy's numbers and its generators
+    :param value: Made of None, bool, int, float, str, list, tuple, deque, dict, OrderedDict, Counter, defaultdict of Python's
+        types, arrays, numpy's numbers and its generators
     :param arrays: Takes the arrays in it
     :param name: Of the value, for the error
     :param objects: Knows further ones
@@ -41,7 +44,7 @@ def encode(value: Any, arrays: dict[str, np.ndarray], name: str, objects: Object
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
-    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject and kind is not np.record:
+    if (kind is np.ndarray or isinstance(value, np.generic)) and not value.dtype.hasobject and kind is not np.record:
         key = str(len(arrays))
         arrays[key] = np.array(value)
         return {"array" if isinstance(value, np.ndarray) else "number": key}
@@ -53,9 +56,15 @@ def encode(value: Any, arrays: dict[str, np.ndarray], name: str, objects: Object
         return {"tuple": encode(list(value), arrays, name, objects)}
     if kind is deque:
         return {"deque": encode(list(value), arrays, name, objects), "maxlen": value.maxlen}
-    if isinstance(value, dict):
+    factory = value.default_factory if kind is defaultdict else None
+    # agents keep dicts of other classes as plain ones
+    if kind in (dict, OrderedDict, Counter, defaultdict) or (objects is not None and isinstance(value, dict)):
         pairs = [[encode(k, arrays, name, objects), encode(v, arrays, f"{name}[{k!r}]", objects)] for k, v in value.items()]
-        return {"dict": pairs}
+        if kind is defaultdict and factory is not None and factory not in _FACTORIES.values():
+            raise OpaqueError(f"{name} is a defaultdict of {factory!r}")
+        if objects is not None or kind is dict:
+            return {"dict": pairs}
+        return {kind.__name__: pairs, "factory": None if factory is None else factory.__name__}
     if kind is np.random.Generator and type(value.bit_generator).__name__ in _GENERATORS:
         return {"generator": encode(value.bit_generator.state, arrays, name)}
     if objects is not None:
@@ -68,7 +77,7 @@ def decode(value: Any, arrays: dict[str, np.ndarray], objects: Objects | None = 
     :param value: Of :func:`encode`
     :param arrays: That it filled
     :param objects: That it asked
-    :return: The value that was encoded; any dict as a plain one
+    :return: The value that was encoded; with ``objects`` any dict as a plain one
     """
     if isinstance(value, list):
         return [decode(x, arrays, objects) for x in value]
@@ -85,8 +94,11 @@ def decode(value: Any, arrays: dict[str, np.ndarray], objects: Objects | None = 
         return tuple(decode(inner, arrays, objects))
     if kind == "deque":
         return deque(decode(inner, arrays, objects), maxlen=rest[0][1])
-    if kind == "dict":
-        return {decode(k, arrays, objects): decode(v, arrays, objects) for k, v in inner}
+    if kind in ("dict", "OrderedDict", "Counter", "defaultdict"):
+        pairs = {decode(k, arrays, objects): decode(v, arrays, objects) for k, v in inner}
+        if kind == "defaultdict":
+            return defaultdict(_FACTORIES.get(rest[0][1]), pairs)
+        return pairs if kind == "dict" else (OrderedDict if kind == "OrderedDict" else Counter)(pairs)
     if kind == "object" and objects is not None:
         return objects.make(decode(inner, arrays, objects))
     state = decode(inner, arrays)

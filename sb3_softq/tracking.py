@@ -7,6 +7,7 @@ import copy
 import inspect
 import io
 import tempfile
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from stable_baselines3.common.logger import Figure, HParam, KVWriter, Logger, Te
 
 from sb3_softq.callbacks import PeriodicCallback
 from sb3_softq.checks import check_integer
+from sb3_softq.manifest import without_address
 from sb3_softq.observations import rows
 from sb3_softq.plots import load_imageio, new_figure, plot_level_curves
 from sb3_softq.softq import SoftQ
@@ -45,7 +47,7 @@ class HParamCallback(BaseCallback):
         names = inspect.signature(type(self.model).__init__).parameters
         values = {name: vars(self.model)[name] for name in names if name in vars(self.model)}
         parameters = {
-            name: value if isinstance(value, bool | int | float | str) else repr(value)
+            name: value if isinstance(value, bool | int | float | str) else without_address(repr(value))
             for name, value in values.items()
             if name not in ("env", "policy")
         }
@@ -199,7 +201,11 @@ class MLflowOutputFormat(KVWriter):
                 continue
             if isinstance(value, HParam):
                 for name, parameter in value.hparam_dict.items():
-                    self._client.log_param(self.run_id, name, parameter)
+                    try:
+                        self._client.log_param(self.run_id, name, parameter)
+                    except self._mlflow.exceptions.MlflowException as error:
+                        # of a run that goes on with another value
+                        warnings.warn(f"MLflow has not taken {name}={parameter!r}: {error}", stacklevel=2)
             elif isinstance(value, Figure):
                 buffer = io.BytesIO()
                 value.figure.savefig(buffer, format="png")

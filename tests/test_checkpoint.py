@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +20,12 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_softq import SoftQ, checkpoint
+from sb3_softq import SoftQ, checkpoint, manifest
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, latest, resume, steps_done
+from sb3_softq.data import from_agent
 from sb3_softq.folders import HOLDER, LOCK, TEMPORARY
 from tests.conftest import RandomEnv, flat, small
 
@@ -168,6 +171,77 @@ def test_several_environments(tmp_path):
     resumed = reload(tmp_path, DummyVecEnv([pendulum] * 3))
     assert resumed.replay_buffer.pos == 20
     assert resumed.learn(30, reset_num_timesteps=False).num_timesteps == 90
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, SAC])
+def test_going_on_after_the_end_is_nothing(tmp_path, algorithm):
+    """The last rollout of several environments goes beyond it."""
+    make = partial(make_vec_env, "Pendulum-v1", n_envs=3)
+    small(algorithm, env=make()).learn(100, ResumableCheckpoint(1000, tmp_path))
+    model = resume(algorithm, tmp_path, make())
+    assert model.num_timesteps == 102
+    model.learn(100 - model.num_timesteps, reset_num_timesteps=False)
+    assert model.num_timesteps == 102
+
+
+def test_numbers_of_numpy_among_the_settings(tmp_path):
+    env = VecNormalize(make_vec_env("Pendulum-v1"), gamma=np.float32(0.9), clip_obs=np.int64(3))
+    kwargs = dict(net_arch=[8], optimizer_kwargs=dict(weight_decay=np.float32(1e-4)))
+    small(env=env, policy_kwargs=kwargs).learn(30, ResumableCheckpoint(20, tmp_path))
+    model = resume(SoftQ, tmp_path, make_vec_env("Pendulum-v1"))
+    assert model.get_vec_normalize_env().gamma == pytest.approx(0.9)
+    assert model.actor.optimizer.param_groups[0]["weight_decay"] == pytest.approx(1e-4)
+
+
+def test_an_environment_that_changes_the_working_directory(tmp_path, monkeypatch):
+    class Wanders(gym.Wrapper):
+        def step(self, action):
+            os.makedirs("elsewhere", exist_ok=True)
+            os.chdir("elsewhere")
+            return super().step(action)
+
+    monkeypatch.chdir(tmp_path)
+    small(env=Wanders(gym.make("Pendulum-v1"))).learn(6, ResumableCheckpoint(2, "checkpoints"))
+    assert steps_done(tmp_path / "checkpoints") == 6
+    assert len(list(tmp_path.rglob("checkpoint-*"))) == 2
+
+
+def test_resume_tells_of_logged_data(tmp_path):
+    data = list(from_agent(small().learn(40)))
+    small().set_data(data).learn(30, ResumableCheckpoint(1000, tmp_path / "with"))
+    small().set_data(data).set_data(None).learn(30, ResumableCheckpoint(1000, tmp_path / "without"))
+    with pytest.warns(UserWarning, match=r"Logged data are not in a checkpoint: set_data"):
+        resume(SoftQ, tmp_path / "with", "Pendulum-v1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resume(SoftQ, tmp_path / "without", "Pendulum-v1")
+
+
+def test_a_replay_buffer_of_another_number_of_environments(tmp_path):
+    small(env=make_vec_env("Pendulum-v1", n_envs=2)).learn(40).save_replay_buffer(tmp_path / "buffer.pkl")
+    model = small(env="Pendulum-v1")
+    model.load_replay_buffer(tmp_path / "buffer.pkl")
+    with pytest.raises(ValueError, match=r"n_envs=2 is not allowed for learn\(\): it must be n_envs=1"):
+        model.learn(10)
+
+
+def test_who_asks_while_a_checkpoint_is_replaced_sees_one(tmp_path, monkeypatch):
+    """With keep=1 the newest one that was seen may be gone when it is read."""
+    model = small(env="Pendulum-v1")
+    callback = ResumableCheckpoint(10, tmp_path, keep=1)
+    model.learn(20, callback)
+    read = manifest.read
+    replaced = []
+
+    def read_late(folder):
+        if not replaced:
+            replaced.append(folder)
+            model.learn(10, callback, reset_num_timesteps=False)
+        return read(folder)
+
+    monkeypatch.setattr("sb3_softq.folders.manifest.read", read_late)
+    assert steps_done(tmp_path) == 30
+    assert len(replaced) == 1
 
 
 def test_no_checkpoint(tmp_path):

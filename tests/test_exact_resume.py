@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from gymnasium.wrappers import NormalizeObservation, NormalizeReward, TransformObservation
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward, TransformObservation, TransformReward
 from stable_baselines3 import SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import BitFlippingEnv, SimpleMultiObsEnv
@@ -226,10 +226,10 @@ def steps(env, actions):
     return np.concatenate(said).tobytes()
 
 
-def travelled(state):
+def travelled(value):
     """As it comes back from a file."""
     arrays = {}
-    return decode(encode(state, arrays, "state"), arrays)
+    return decode(encode(value, arrays, "state"), arrays)
 
 
 MUJOCO = ("Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "HalfCheetah", "Swimmer", "InvertedDoublePendulum")
@@ -247,7 +247,7 @@ def test_environments_go_on(name):
     old.action_space.seed(0)
     actions = [old.action_space.sample() for _ in range(100)]
     steps(old, actions[:37])
-    state = travelled(capture(old))
+    state = travelled(decode(*capture(old)))
     assert refusal(new, state) is None
     restore(new, state)
     assert steps(new, actions) == steps(old, actions)
@@ -339,9 +339,120 @@ def test_what_wrappers_set_elsewhere_belongs_to_the_state():
     old, new = Tuned(env("Pendulum-v1")()), Tuned(env("Pendulum-v1")())
     old.reset(seed=0)
     old.unwrapped.goal_reached = True
-    assert refusal(new, travelled(capture(old))) is None
-    restore(new, travelled(capture(old)))
+    assert refusal(new, travelled(decode(*capture(old)))) is None
+    restore(new, travelled(decode(*capture(old))))
     assert new.unwrapped.goal_reached
+
+
+class Scaled(gym.Wrapper):
+    """Pays what a dict says that others hold too."""
+
+    def __init__(self, environment, level):
+        super().__init__(environment)
+        self.level = self.log = level
+        self.noise = np.random.default_rng(0)
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        self.log["seen"].append(len(self.log["seen"]))
+        return obs, self.level["value"] + self.noise.random(), *rest
+
+
+class ScaledAnew(Scaled):
+    def reset(self, **kwargs):
+        self.level = self.log = {"value": 0.0, "seen": [0]}
+        return super().reset(**kwargs)
+
+
+class Curriculum(BaseCallback):
+    def __init__(self, level):
+        super().__init__()
+        self.level = level
+        self.rewards = []
+
+    def _on_step(self):
+        self.rewards.append(float(self.locals["rewards"][0]))
+        self.level["value"] = float(self.num_timesteps)
+        return True
+
+
+def test_what_a_callback_shares_with_the_environment_stays_shared(tmp_path):
+    def new():
+        level = {"value": 0.0, "seen": []}
+        return Scaled(gym.make("Pendulum-v1"), level), Curriculum(level)
+
+    environment, curriculum = new()
+    small(env=environment, learning_starts=500).learn(60, callback=curriculum)
+    expected = curriculum.rewards
+    environment, curriculum = new()
+    small(env=environment, learning_starts=500).learn(40, callback=[curriculum, ResumableCheckpoint(1000, tmp_path)])
+    assert curriculum.rewards == expected[:40]
+    environment, curriculum = new()
+    resumed = resume(SoftQ, tmp_path, environment)
+    assert environment.level is environment.log is curriculum.level
+    resumed.learn(20, callback=curriculum, reset_num_timesteps=False)
+    assert curriculum.rewards == expected[40:]
+    assert curriculum.level["seen"] == list(range(60))
+
+
+def test_what_a_method_has_made_for_two_attributes_is_said(tmp_path):
+    environment = ScaledAnew(gym.make("Pendulum-v1"), {})
+    small(env=environment, learning_starts=500).learn(40, callback=ResumableCheckpoint(1000, tmp_path))
+    with pytest.warns(UserWarning, match="New episodes begin.* is the same object as another attribute"):
+        resume(SoftQ, tmp_path, ScaledAnew(gym.make("Pendulum-v1"), {}))
+
+
+class Counts(gym.Wrapper):
+    """Pays less for what was often seen, in dicts of other classes."""
+
+    def __init__(self, environment, factory=int):
+        super().__init__(environment)
+        self.factory = factory
+
+    def reset(self, **kwargs):
+        self.visits, self.order, self.counter = defaultdict(self.factory), OrderedDict(), Counter()
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        cell = tuple(np.round(obs).tolist())
+        self.visits[cell] += 1
+        self.order[cell] = self.order.pop(cell, 0) + 1
+        self.counter.update([cell])
+        first = next(iter(self.order.values()))
+        return obs, 1.0 / self.visits[cell] + first + self.counter.most_common(1)[0][1], *rest
+
+
+def test_dicts_of_other_classes_come_back(tmp_path):
+    def rewards(model, n):
+        record = Curriculum({})
+        model.learn(n, callback=[record, ResumableCheckpoint(1000, tmp_path)], reset_num_timesteps=False)
+        return record.rewards
+
+    straight = rewards(small(env=Counts(gym.make("Pendulum-v1")), learning_starts=500), 60)
+    first = rewards(small(env=Counts(gym.make("Pendulum-v1")), learning_starts=500), 40)
+    resumed = resume(SoftQ, tmp_path, Counts(gym.make("Pendulum-v1")))
+    assert first + rewards(resumed, 20) == straight
+
+
+@pytest.mark.parametrize(
+    ("make_env", "reason"),
+    [
+        (lambda: TransformReward(gym.make("Pendulum-v1"), lambda reward: float(reward) / 10), None),
+        (lambda: Counts(gym.make("Pendulum-v1"), lambda: 0), "Counts.visits is a defaultdict of"),
+        (lambda: Counts(gym.make("Pendulum-v1", max_episode_steps=30), lambda: 0), "Counts.visits"),
+    ],
+)
+def test_what_cannot_be_pickled_ends_no_process(tmp_path, make_env, reason):
+    """The environments are asked for their names and states, which have lambdas in them."""
+    vec_env = SubprocVecEnv([make_env] * 2, start_method="fork")
+    model = small(env=vec_env, learning_starts=500).learn(40, callback=ResumableCheckpoint(20, tmp_path))
+    assert model.num_timesteps == 40
+    assert vec_env.env_method("get_wrapper_attr", "unwrapped") is not None
+    vec_env.close()
+    if reason is not None:
+        with pytest.warns(UserWarning, match=f"New episodes begin.*{reason}"):
+            resume(SoftQ, tmp_path, DummyVecEnv([make_env] * 2))
 
 
 class Stop(BaseCallback):

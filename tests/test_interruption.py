@@ -211,6 +211,60 @@ if __name__ == "__main__":
     assert model._last_obs is not None
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("algorithm", [SoftQ, SAC])
+def test_signals_to_the_processes_of_an_evaluation(tmp_path, algorithm, number):
+    """It ends as it would have, and so does the rollout before the save."""
+    code = f"""
+from stable_baselines3.common.vec_env import SubprocVecEnv
+class Slow(gym.Wrapper):
+    def step(self, action):
+        time.sleep(0.005)
+        return super().step(action)
+class Told(EvalCallback):
+    def _on_step(self):
+        if self.n_calls % self.eval_freq == 0:
+            print("ready", flush=True)
+        return super()._on_step()
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+evaluated = SubprocVecEnv([lambda: Slow(gym.make("Pendulum-v1"))], start_method="fork")
+evaluation = Told(evaluated, n_eval_episodes=1, eval_freq=101, verbose=0)
+make({algorithm.__name__}).learn(10**6, [evaluation, Talking(10**6, path)])
+"""
+    with start(code, tmp_path, start_new_session=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        os.killpg(process.pid, number)
+        output, errors = process.communicate(timeout=60)
+    assert "saved 101" in output, errors
+    assert process.returncode == (INTERRUPTED if number == signal.SIGINT else 128 + number), errors
+    assert whole(tmp_path, algorithm) == 101
+
+
+class Guarded(gym.Wrapper):
+    """Ends what it has started when it is told to."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+
+    def handler(self):
+        return repr(signal.getsignal(signal.SIGTERM))
+
+
+def test_handlers_of_environments_in_processes_stay(tmp_path):
+    before = [signal.signal(number, handler) for number, handler in HANDLERS.items()]
+    env = SubprocVecEnv([lambda: Guarded(gym.make("Pendulum-v1"))], start_method="fork")
+    handler = env.env_method("handler")
+    small(env=env, learning_starts=1000).learn(30, ResumableCheckpoint(10**6, tmp_path))
+    for number, own in zip(HANDLERS, before, strict=True):
+        signal.signal(number, own)
+    assert env.env_method("handler") == handler
+    env.processes[0].terminate()
+    env.processes[0].join(10)
+    assert env.processes[0].exitcode == 7
+
+
 def test_processes_of_environments_end_by_signals_again(tmp_path):
     # whoever runs the tests may have others
     before = [signal.signal(number, handler) for number, handler in HANDLERS.items()]

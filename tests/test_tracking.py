@@ -2,6 +2,7 @@
 
 import io
 import sys
+import warnings
 
 import gymnasium as gym
 import imageio.v3 as iio
@@ -173,6 +174,26 @@ def test_mlflow(tracking):
     assert iio.imread(next(tracking.rglob("level_curves_60.png"))).shape[0] == 400
     output.close()
     assert mlflow.active_run() is None
+
+
+def test_other_parameters_do_not_end_a_run_of_mlflow_that_goes_on(tracking):
+    """Functions look alike wherever they lie; what differs is told of."""
+    with mlflow.start_run():
+        output = MLflowOutputFormat()
+
+        def log(gamma):
+            model = two_actions(gamma=gamma, learning_rate=lambda progress: 1e-3)
+            model.set_logger(Logger(None, [output]))
+            model.learn(10, HParamCallback(), log_interval=1)
+            model.logger.dump(10)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            log(0.9)
+            log(0.9)
+        with pytest.warns(UserWarning, match=r"MLflow has not taken gamma=0\.8"):
+            log(0.8)
+    assert mlflow.get_run(output.run_id).data.params["gamma"] == "0.9"
 
 
 def test_a_run_of_mlflow_that_is_active_goes_on(tracking):

@@ -14,6 +14,8 @@ import numpy as np
 import optuna
 import pytest
 import yaml
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.zoo import HYPERPARAMS, ZooSoftQ, untrusted
@@ -102,6 +104,20 @@ def test_watch_a_strangers_agent(logs, strangers, tmp_path):
     # this is what it is about
     zoo("enjoy", *WATCH[:-1], "-f", folder, "--no-render", code=1)
     assert marker.exists()
+
+
+def test_what_gymnasium_itself_does_is_followed(strangers):
+    """Entries of this package have it: those of DeepMind control."""
+    folder, settings, marker = strangers
+    line = "- - - env_wrapper\n    - gymnasium.wrappers.FlattenObservation"
+    (settings / "config.yml").write_text(f"!!python/object/apply:collections.OrderedDict\n{line}\n")
+    assert "Mean reward" in zoo("enjoy", *WATCH, "-f", folder, "--no-render")
+    assert not marker.exists()
+
+
+def test_dicts_of_environments_that_have_no_entry():
+    env = make_vec_env(lambda: SimpleMultiObsEnv(discrete_actions=False))
+    assert type(ZooSoftQ("MlpPolicy", env, buffer_size=10).policy).__name__ == "MultiInputPolicy"
 
 
 TOUCH = "- - - seed\n    - !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [RAN]]"

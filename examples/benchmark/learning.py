@@ -21,6 +21,7 @@ import argparse
 import ast
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -140,11 +141,18 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 # ------------------------------------------------------------------ run
 
 
+def once(values: list[Any]) -> list[Any]:
+    """Each of them, where it comes first: two runs of one would write into one folder."""
+    return list(dict.fromkeys(values))
+
+
 def run(args: argparse.Namespace) -> None:
     if args.label and len(args.algos) > 1:
         sys.exit("--label names one variant: give one of --algos")
     # seeds outermost: a benchmark that is stopped early has compared everything on the seeds it has
-    runs = [make_run(args, algo, env, seed) for seed in args.seeds for env in args.envs for algo in args.algos]
+    runs = [
+        make_run(args, algo, env, seed) for seed in once(args.seeds) for env in once(args.envs) for algo in once(args.algos)
+    ]
     train_runs(runs, args.jobs, args.ray)
 
 
@@ -321,6 +329,9 @@ def name_run(row: dict[str, str]) -> tuple[str, str, str]:
 
 
 def report(args: argparse.Namespace) -> None:
+    for path in args.csv:
+        if not path.is_file() or not read_rows(path):
+            sys.exit(f"{path} has no evaluations: learning.py collect writes it")
     # here, not above: it needs packages that training does not
     from report import make_report
 
@@ -349,10 +360,10 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 def positive(text: str) -> int:
     # through float, so that 1e6 is understood
-    number = int(float(text))
-    if number < 1:
+    number = float(text)
+    if not 1 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return number
+    return int(number)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -33,6 +33,9 @@ class ZooSoftQ(SoftQ):
     """``softq`` of the RL Zoo: a :class:`SoftQ` or, where actions are Discrete, a :class:`DiscreteSoftQ`."""
 
     def __new__(cls, policy: Any = None, env: Any = None, **kwargs: Any) -> BaseAlgorithm:  # type: ignore[misc]
+        if policy == "MlpPolicy" and isinstance(env.observation_space, spaces.Dict):
+            # the RL Zoo's default for environments that softq.yml does not have
+            policy = "MultiInputPolicy"
         return (DiscreteSoftQ if isinstance(env.action_space, spaces.Discrete) else SoftQ)(policy, env, **kwargs)
 
     @classmethod

@@ -16,6 +16,8 @@ import yaml
 COMMANDS = ("enjoy", "record_video")
 # Settings of the environment by which the folder would have code run
 _REFUSED = ("env_wrapper", "vec_env_wrapper", "env_kwargs", "normalize")
+# But for what gymnasium itself does, without arguments
+_HARMLESS = {"env_wrapper": ("gymnasium.wrappers.FlattenObservation", "gymnasium.wrappers.TimeAwareObservation")}
 # Whether this process trusts no folder, and the environment that it has made last
 state = SimpleNamespace(distrusts=False, env=None)
 
@@ -47,7 +49,8 @@ def saved_hyperparams(stats_path: str, *args: Any, **kwargs: Any) -> tuple[dict[
     for name in ("args.yml", "config.yml"):
         found = yaml.load((folder / name).read_text(), PlainLoader) if (folder / name).exists() else {}
         for key in _REFUSED:
-            if found.get(key):
+            wanted = found.get(key) or []
+            if any(value not in _HARMLESS.get(key, ()) for value in (wanted if isinstance(wanted, list) else [wanted])):
                 raise ValueError(
                     f"{key}={found[key]!r} in {folder / name} is not followed with --untrusted: look at it, then do without"
                 )
