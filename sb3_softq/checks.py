@@ -5,6 +5,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -246,13 +247,27 @@ def check_class(name: str, value: object, base: type, optional: bool = False) ->
         raise _refuse(name, value, f"{base.__name__} or a class derived from it" + (", or None" if optional else ""))
 
 
+def check_activation(value: Any) -> None:
+    """
+    :param value: Class of an activation function, or a function that makes one
+    :raises ValueError: if it is something else
+    """
+    try:
+        made = value()
+    except Exception:
+        made = None
+    if not isinstance(made, th.nn.Module):
+        raise _refuse("activation_fn", value, "a class of modules such as nn.ReLU, or a function that makes one")
+
+
 def check_optimizer(value: Any) -> None:
     """
-    :param value: Class of an optimizer
+    :param value: Class of an optimizer, or a ``functools.partial`` of it
     :raises ValueError: if it is none, or one that evaluates the loss by itself, as LBFGS
     """
-    check_class("optimizer_class", value, th.optim.Optimizer)
-    closure = inspect.signature(value.step).parameters.get("closure")
+    cls: Any = value.func if isinstance(value, partial) else value
+    check_class("optimizer_class", cls, th.optim.Optimizer)
+    closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise _refuse("optimizer_class", value, "one whose step() needs no closure")
 
@@ -287,8 +302,13 @@ def check_action_noise(noise: ActionNoise | None, action_space: spaces.Space[Any
         return
     # neither its own state nor the random numbers of training move on
     state = np.random.get_state()
-    sample = np.asarray(copy.deepcopy(noise)())
-    np.random.set_state(state)
+    try:
+        sample = np.asarray(copy.deepcopy(noise)(), dtype=np.float64)
+    except Exception:
+        # one that cannot be copied, or not be asked before training
+        return
+    finally:
+        np.random.set_state(state)
     shape = action_space.shape or ()
     if sample.shape not in (shape, (n_envs, *shape), (1, *shape), (1,) * len(shape), ()) or not np.isfinite(sample).all():
         raise _refuse("action_noise", noise, f"one that gives finite numbers of the shape {shape} of an action")

@@ -127,7 +127,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         check_number("gamma", self.gamma, 0.0, 1.0)
         check_flag("optimize_memory_usage", self.optimize_memory_usage)
         check_replay_buffer(self.replay_buffer_class, self.n_steps, self.optimize_memory_usage, self.observation_space)
-        check_action_noise(self.action_noise, self.action_space, self.n_envs)
+        if not self._is_loaded:  # that of a saved agent is of as many environments as it had
+            check_action_noise(self.action_noise, self.action_space, self.n_envs)
         check_keywords("policy_kwargs", self.policy_kwargs, self.policy_class)
         if self.env is not None:
             check_vec_normalize(self.env)
@@ -298,10 +299,10 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfChecked:
-        if not reset_num_timesteps:
-            # of a run that goes on, whose last rollout may have gone beyond its end
-            total_timesteps = max(total_timesteps, 0)
-        check_number("total_timesteps", 0 if total_timesteps == math.inf else total_timesteps, 0.0)
+        # a run that goes on may have gone beyond its end by its last rollout
+        least = 0.0 if reset_num_timesteps else -math.inf
+        check_number("total_timesteps", 0 if total_timesteps == math.inf else total_timesteps, least)
+        total_timesteps = max(total_timesteps, 0)
         self._stored = self.num_timesteps, statistics(self._vec_normalize_env)
         for each in flatten(callback):
             if isinstance(getattr(each, "eval_env", None), VecEnv):

@@ -19,8 +19,9 @@ from stable_baselines3.common.utils import get_device
 from torch import nn
 from typing_extensions import Self
 
+from sb3_softq import checks
 from sb3_softq.actor import HEAD_ARCH, N_EXPERTS, SMOOTHINGS, SamplingActor, Smoothing
-from sb3_softq.checks import check_class, check_flag, check_integer, check_net_arch, check_number, check_optimizer, check_type
+from sb3_softq.checks import check_flag, check_integer, check_net_arch, check_number, check_type
 from sb3_softq.critic import ParticleCritic
 from sb3_softq.networks import polyak_update
 
@@ -132,9 +133,10 @@ class SoftQPolicy(BasePolicy):
         self.n_bins = n_bins
         for name in ("batch_norm", "share_features_extractor", "normalize_images"):
             check_flag(name, getattr(self, name))
-        check_class("activation_fn", activation_fn, nn.Module)
-        check_optimizer(optimizer_class)
-        check_class("features_extractor_class", features_extractor_class, nn.Module)
+        checks.check_activation(activation_fn)
+        checks.check_optimizer(optimizer_class)
+        if not callable(features_extractor_class):
+            checks.check_class("features_extractor_class", features_extractor_class, BaseFeaturesExtractor)
 
         self.actor = self.make_actor()
         # Like the target, it never shares its features extractor. It takes no random numbers from those that come after it

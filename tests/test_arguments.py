@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.sac.policies import SACPolicy
 
@@ -237,6 +238,20 @@ def test_policy_kwargs_is_a_dict(value):
 def test_policy_arguments(name, value):
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not")):
         tiny(policy_kwargs={name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("activation_fn", partial(th.nn.LeakyReLU, 0.2)),
+        ("activation_fn", lambda: th.nn.ELU()),
+        ("optimizer_class", partial(th.optim.AdamW, weight_decay=1e-3)),
+        ("features_extractor_class", partial(FlattenExtractor)),
+    ],
+)
+def test_functions_that_make_what_classes_make(name, value):
+    """As SAC takes them."""
+    assert tiny(policy_kwargs={name: value, "net_arch": [4]}).learn(12)._n_updates > 0
 
 
 @pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
