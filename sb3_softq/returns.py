@@ -20,6 +20,8 @@ from sb3_softq.policies import SoftQPolicy
 
 # The largest return that has been seen is at most so many times the scale (SimbaV2)
 LARGEST_RETURN = 5.0
+# Factor by which a buffer has to pay more than was seen before the scale follows it: an agent's own one changes nothing
+CLEARLY_MORE = 2.0
 # Initial value of a learned temperature, in units of the scale, where none is given
 AUTO_ENT_COEF = 0.01
 
@@ -208,8 +210,9 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         """A buffer may pay what no episode has been paid: HER does for goals that none has reached."""
         samples = super()._sample(batch_size)
         if self.normalize_rewards:
-            largest = float(samples.rewards.abs().max()) * self._reward_unit()
-            if largest > self.returns.largest:
+            rewards = samples.rewards * self._reward_unit() + self._entropy_bonus()
+            largest = float(rewards.abs().max())
+            if largest > CLEARLY_MORE * self.returns.largest:
                 self.returns.largest = largest
                 self._set_return_scale()
         return samples
@@ -253,8 +256,7 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         elif self._has_other_buffer:
             other = ReturnScale(is_raw=True)
             other.observe_buffer(self.replay_buffer, self.gamma, self._entropy_bonus())
-            # an agent's own has not: there the scale stays what it is, to the bit
-            if other.value > 2.0 * self.returns.value:
+            if other.value > CLEARLY_MORE * self.returns.value:
                 self.returns.at_least(other.value)
         self._has_other_buffer = False
 

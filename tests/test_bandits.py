@@ -17,7 +17,8 @@ del STEPS["three_widths_2d"]
 SOFT_VALUE = dict.fromkeys(CASES, 0.2) | {"turning": 0.35}
 
 
-@pytest.mark.parametrize("name", STEPS)
+# fidelity.py has the slow one on five seeds
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x == "turning" else x for x in STEPS])
 def test_policy_is_the_boltzmann_distribution(name):
     """
     With the tanh correction left out or differentiated with respect to a, or the repulsion too weak, the distance is

@@ -440,7 +440,6 @@ def test_dicts_of_other_classes_come_back(tmp_path):
     [
         (lambda: TransformReward(gym.make("Pendulum-v1"), lambda reward: float(reward) / 10), None),
         (lambda: Counts(gym.make("Pendulum-v1"), lambda: 0), "Counts.visits is a defaultdict of"),
-        (lambda: Counts(gym.make("Pendulum-v1", max_episode_steps=30), lambda: 0), "Counts.visits"),
     ],
 )
 def test_what_cannot_be_pickled_ends_no_process(tmp_path, make_env, reason):

@@ -211,8 +211,7 @@ if __name__ == "__main__":
     assert model._last_obs is not None
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("algorithm", [SoftQ, SAC])
+@pytest.mark.parametrize(("algorithm", "number"), [(SoftQ, signal.SIGTERM), (SAC, signal.SIGINT)])
 def test_signals_to_the_processes_of_an_evaluation(tmp_path, algorithm, number):
     """It ends as it would have, and so does the rollout before the save."""
     code = f"""
@@ -268,7 +267,13 @@ def test_handlers_of_environments_in_processes_stay(tmp_path):
 def test_processes_of_environments_end_by_signals_again(tmp_path):
     # whoever runs the tests may have others
     before = [signal.signal(number, handler) for number, handler in HANDLERS.items()]
-    env = make_vec_env("Pendulum-v1", 3, vec_env_cls=SubprocVecEnv)
+
+    def make_env():
+        for number, handler in HANDLERS.items():
+            signal.signal(number, handler)
+        return gym.make("Pendulum-v1")
+
+    env = SubprocVecEnv([make_env] * 3)
     small(env=env, learning_starts=1000).learn(30, ResumableCheckpoint(10**6, tmp_path))
     for number, handler in zip(HANDLERS, before, strict=True):
         signal.signal(number, handler)

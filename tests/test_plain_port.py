@@ -50,6 +50,7 @@ def make_pair(learning_rate, target_update_interval=1000):
         buffer_size=BATCH_SIZE,
         batch_size=BATCH_SIZE,
         tau=1.0,
+        normalize_rewards=False,
         target_update_interval=target_update_interval,
         actor_tau=1.0,
         n_value_particles=16,
