@@ -89,11 +89,13 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
-    if args.model is not None and not args.model.is_file() and not args.model.with_name(f"{args.model.name}.zip").is_file():
-        parser.error(f"--model {args.model} is not there")
-    model = (
-        SoftQ.load(args.model, device="cpu") if args.model else SoftQ("MlpPolicy", args.env, device="cpu").learn(args.steps)
-    )
+    if args.model is None:
+        model = SoftQ("MlpPolicy", args.env, device="cpu").learn(args.steps)
+    else:
+        try:
+            model = SoftQ.load(args.model, device="cpu")
+        except FileNotFoundError as error:
+            parser.error(f"--model {args.model} is not there ({error})")
     export(model.policy, args.out)
     obs = np.stack([model.observation_space.sample() for _ in range(1000)])
     difference = largest_difference(model.policy, args.out, obs)

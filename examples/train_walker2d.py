@@ -99,14 +99,14 @@ def make_model(args: argparse.Namespace) -> SoftQ:
     resumed = args.resume and has_checkpoint(checkpoints)
     if args.resume and not resumed:
         print(f"There is no checkpoint in {checkpoints}: starting from scratch")
-    if not resumed:
-        # where nothing can be trained, a mistyped name say, the earlier run stays
-        SoftQ("MlpPolicy", args.env, buffer_size=1)
-        set_earlier_run_aside(args.out)
     if resumed:
         # the files of a run that is still going on are its own
         with folder_lock(checkpoints):
             pass
+    else:
+        # where nothing can be trained, a mistyped name say, the earlier run stays
+        SoftQ("MlpPolicy", args.env, buffer_size=1)
+        set_earlier_run_aside(args.out)
     # One file per session, named after its first step: what a killed session did after its last checkpoint stays apart
     start = steps_done(checkpoints) if resumed else 0
     env = Monitor(gym.make(args.env), str(args.out / "monitor" / f"{start:010d}"))

@@ -247,29 +247,28 @@ def check_class(name: str, value: object, base: type, optional: bool = False) ->
         raise _refuse(name, value, f"{base.__name__} or a class derived from it" + (", or None" if optional else ""))
 
 
-def check_activation(value: Any) -> None:
+def check_network_classes(activation_fn: Any, optimizer_class: Any, features_extractor_class: Any) -> None:
     """
-    :param value: Class of an activation function, or a function that makes one
-    :raises ValueError: if it is something else
+    What networks are made of: classes, or functions that make what these do.
+
+    :param activation_fn: Of the activation function
+    :param optimizer_class: Of the optimizer, or a ``functools.partial`` of one
+    :param features_extractor_class: Of the features extractor
+    :raises ValueError: if one of them is something else, or the optimizer evaluates the loss by itself, as LBFGS
     """
     try:
-        made = value()
+        activation = activation_fn()
     except Exception:
-        made = None
-    if not isinstance(made, th.nn.Module):
-        raise _refuse("activation_fn", value, "a class of modules such as nn.ReLU, or a function that makes one")
-
-
-def check_optimizer(value: Any) -> None:
-    """
-    :param value: Class of an optimizer, or a ``functools.partial`` of it
-    :raises ValueError: if it is none, or one that evaluates the loss by itself, as LBFGS
-    """
-    cls: Any = value.func if isinstance(value, partial) else value
+        activation = None
+    if not isinstance(activation, th.nn.Module):
+        raise _refuse("activation_fn", activation_fn, "a class of modules such as nn.ReLU, or a function that makes one")
+    cls: Any = optimizer_class.func if isinstance(optimizer_class, partial) else optimizer_class
     check_class("optimizer_class", cls, th.optim.Optimizer)
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
-        raise _refuse("optimizer_class", value, "one whose step() needs no closure")
+        raise _refuse("optimizer_class", optimizer_class, "one whose step() needs no closure")
+    if not callable(features_extractor_class):
+        raise _refuse("features_extractor_class", features_extractor_class, "a class of extractors, or what makes one")
 
 
 def check_keywords(name: str, keywords: Iterable[str], cls: type) -> None:

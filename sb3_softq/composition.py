@@ -136,7 +136,8 @@ def compose(
         ``load_replay_buffer``)
     :param weights: Weight of each agent's Q, 1 by default
     :param gradient_steps: Number of updates of the actor
-    :param env: Environment of the composed agent (default: the first agent's, None if it has none), without VecNormalize
+    :param env: Environment of the composed agent, or its id (default: the first agent's, None if it has none), without
+        VecNormalize
     :param kwargs: Arguments of :class:`SoftQ`, such as ``learning_rate``, ``batch_size``, ``seed``; ``ent_coef`` if it shall
         differ from the agents', ``"auto_X"`` from X times the scale of their returns
     :return: The agent, trained

@@ -101,19 +101,17 @@ def _arrays(buffer: ReplayBuffer) -> list[tuple[np.ndarray, np.ndarray]]:
 def _observations(
     buffer: ReplayBuffer, part: np.ndarray, env: int, space: spaces.Space[Any]
 ) -> np.ndarray | dict[str, np.ndarray]:
-    """Of consecutive rows, and the one after the last. The buffer gives those of Discrete spaces an axis."""
-    if isinstance(buffer, DictReplayBuffer):
-        assert isinstance(space, spaces.Dict)
-        return {
-            key: np.concatenate([values[part, env], next_values[part[-1:], env]]).reshape(
-                len(part) + 1, *(space[key].shape or ())
-            )
-            for key, (values, next_values) in zip(buffer.observations, _arrays(buffer), strict=True)
-        }
+    """Of consecutive rows, and the one after the last."""
     if buffer.optimize_memory_usage:
-        rows = buffer.observations[[*part, (part[-1] + 1) % buffer.buffer_size], env]
-    else:
-        rows = np.concatenate([buffer.observations[part, env], buffer.next_observations[part[-1:], env]])
+        return _shaped(buffer.observations[[*part, (part[-1] + 1) % buffer.buffer_size], env], space)
+    rows = [np.concatenate([values[part, env], after[part[-1:], env]]) for values, after in _arrays(buffer)]
+    if isinstance(space, spaces.Dict):
+        return {key: _shaped(values, space[key]) for key, values in zip(buffer.observations, rows, strict=True)}
+    return _shaped(rows[0], space)
+
+
+def _shaped(rows: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
+    """The buffer gives observations of Discrete spaces an axis."""
     return rows.reshape(len(rows), *(space.shape or ()))
 
 

@@ -323,6 +323,15 @@ def restore_statistics(saved: list[tuple[RunningMeanStd, Any, Any, float]]) -> N
         rms.mean, rms.var, rms.count = mean, var, count
 
 
+def evaluation_envs(callback: Any) -> list[VecEnv]:
+    """
+    :param callback: What ``learn`` was given
+    :return: Environments of the evaluations in it
+    """
+    found = [getattr(each, "eval_env", None) for each in flatten(callback)]
+    return [env for env in found if isinstance(env, VecEnv)]
+
+
 def flatten(callback: Any) -> Iterator[BaseCallback]:
     """
     :param callback: What ``learn`` was given: a callback, a list of them, a function or None

@@ -9,10 +9,10 @@ from types import FrameType
 from typing import Any
 
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_softq.env_state import CALL
-from sb3_softq.faults import flatten
+from sb3_softq.faults import evaluation_envs
 
 # Those that end a process whose program does not know them, and what such a program has for them; Windows has no SIGHUP
 HANDLERS: dict[int, Any] = {
@@ -29,8 +29,6 @@ SECONDS_LEFT = 5
 MESSAGE = (
     b"\nCtrl-C: training ends after the rollout, evaluation or save that is going on. Ctrl-C again ends it without a save.\n"
 )
-
-
 # In the process of an environment: handlers that have been replaced there, by their signal
 _replaced: dict[int, Any] = {}
 
@@ -69,7 +67,7 @@ class Interruption:
         self._watched: list[int] = []
         self._model: OffPolicyAlgorithm | None = None
         # of training and of evaluations
-        self._environments: list[Any] = []
+        self._environments: list[VecEnv] = []
 
     def watch(self, model: OffPolicyAlgorithm, callback: Any = None) -> None:
         """
@@ -79,7 +77,8 @@ class Interruption:
         :param callback: What ``learn`` was given, whose evaluations have environments too
         """
         self.number, self._model = None, model
-        self._environments = [model.get_env(), *(getattr(each, "eval_env", None) for each in flatten(callback))]
+        env = model.get_env()
+        self._environments = [*([] if env is None else [env]), *evaluation_envs(callback)]
         if threading.current_thread() is not threading.main_thread():
             return
         self._watched = [number for number, handler in HANDLERS.items() if signal.getsignal(number) is handler]
@@ -91,7 +90,7 @@ class Interruption:
 
     def _tell_environments(self, what: Callable[[Any], None]) -> None:
         for env in self._environments:
-            workers = getattr(env, "unwrapped", None)
+            workers = env.unwrapped
             if isinstance(workers, SubprocVecEnv) and not workers.waiting and not workers.closed:
                 # one that has ended will be told of by a step
                 with suppress(EOFError, OSError):

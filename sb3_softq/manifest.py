@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -199,17 +198,21 @@ def _spec_of(env: VecEnv) -> dict[str, Any] | None:
         try:
             if isinstance(env.unwrapped, DummyVecEnv | SubprocVecEnv):
                 # by itself: arguments that cannot be pickled would end its process
-                (found,) = env.env_method(CALL, _spec, indices=[0])
+                (found,) = env.env_method(CALL, _id_and_arguments, indices=[0])
             else:
-                found = _spec(SimpleNamespace(spec=env.get_attr("spec")[0]))
+                found = _of_spec(env.get_attr("spec")[0])
         except AttributeError:
             found = None
         _specs_of[env] = found if isinstance(found, dict) else None
     return _specs_of[env]
 
 
-def _spec(env: Any) -> dict[str, Any] | None:
-    return None if env.spec is None else {"id": env.spec.id, "kwargs": _plain(env.spec.kwargs)}
+def _id_and_arguments(env: gymnasium.Env[Any, Any]) -> dict[str, Any] | None:
+    return _of_spec(env.spec)
+
+
+def _of_spec(spec: Any) -> dict[str, Any] | None:
+    return None if spec is None else {"id": spec.id, "kwargs": _plain(spec.kwargs)}
 
 
 def _arguments(model: OffPolicyAlgorithm) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from sb3_softq.checks import (
     check_train_freq,
     check_type,
 )
-from sb3_softq.faults import check_step, explain, flatten, restore_statistics, statistics, watch
+from sb3_softq.faults import check_step, evaluation_envs, explain, flatten, restore_statistics, statistics, watch
 from sb3_softq.finite import check_finite, check_parameters
 from sb3_softq.replay import check_replay_buffer, end_trajectory, store_last_step
 from sb3_softq.saving import SafelySaved
@@ -138,23 +138,23 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         self._check_arguments()
         self._convert_numbers()
         # SB3 writes the buffer that it chooses over the first two, and load() would take it for the user's
-        given = self.replay_buffer_class, self.replay_buffer_kwargs, self.policy_kwargs
-        self.replay_buffer_kwargs = self.replay_buffer_kwargs.copy()
+        buffer_class, buffer_kwargs, policy_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs, self.policy_kwargs
+        self.replay_buffer_kwargs = buffer_kwargs.copy()
         self.policy_kwargs = self._policy_arguments()
         try:
             super()._setup_model()
         except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
             if self.replay_buffer is None:
                 raise ValueError(
-                    f"replay_buffer_kwargs={given[1]!r} is not allowed: it must be what the replay buffer takes "
+                    f"replay_buffer_kwargs={buffer_kwargs!r} is not allowed: it must be what the replay buffer takes "
                     f"({type(error).__name__}: {error})"
                 ) from error
             # of the networks, for instance a NatureCNN that is given no image
             raise UnsupportedSpaceError(
-                f"policy={self.policy_class.__name__!r} with policy_kwargs={given[2]!r} is not allowed: it must be "
+                f"policy={self.policy_class.__name__!r} with policy_kwargs={policy_kwargs!r} is not allowed: it must be "
                 f"one that can be built for observation_space={self.observation_space!r} ({type(error).__name__}: {error})"
             ) from error
-        self.replay_buffer_class, self.replay_buffer_kwargs, self.policy_kwargs = given
+        self.replay_buffer_class, self.replay_buffer_kwargs, self.policy_kwargs = buffer_class, buffer_kwargs, policy_kwargs
 
     def _policy_arguments(self) -> dict[str, Any]:
         """``policy_kwargs`` and what the algorithm's own arguments add to them; load() compares the user's alone."""
@@ -230,13 +230,13 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        self._begin_learning(reset_num_timesteps)
-        resets = reset_num_timesteps or self._last_obs is None
         if self.replay_buffer is not None and self.replay_buffer.n_envs != self.n_envs:
             raise ValueError(
                 f"replay_buffer with transitions of n_envs={self.replay_buffer.n_envs} is not allowed for learn(): it must be "
                 f"n_envs={self.n_envs}, as env has"
             )
+        self._begin_learning(reset_num_timesteps)
+        resets = reset_num_timesteps or self._last_obs is None
         if self.replay_buffer is not None and (resets or self._buffer_is_loaded):
             # what comes next is another episode: SB3 resets the environment, or the buffer came from another run
             end_trajectory(self.replay_buffer)
@@ -304,9 +304,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         check_number("total_timesteps", 0 if total_timesteps == math.inf else total_timesteps, least)
         total_timesteps = max(total_timesteps, 0)
         self._stored = self.num_timesteps, statistics(self._vec_normalize_env)
-        for each in flatten(callback):
-            if isinstance(getattr(each, "eval_env", None), VecEnv):
-                watch(each.eval_env)  # type: ignore[attr-defined]
+        for env in evaluation_envs(callback):
+            watch(env)
         try:
             super().learn(
                 # SB3 compares it with a step count: let 1e6 be written, and inf where a callback stops training

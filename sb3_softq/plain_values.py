@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 _GENERATORS = {cls.__name__: cls for cls in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox)}
+_DICTS: dict[str, type[dict[Any, Any]]] = {cls.__name__: cls for cls in (dict, OrderedDict, Counter, defaultdict)}
 # What makes the values that a defaultdict lacks
 _FACTORIES = {cls.__name__: cls for cls in (bool, int, float, str, list, tuple, dict)}
 # Numbers of a list that take less room, and time, as an array
@@ -44,7 +45,10 @@ def encode(value: Any, arrays: dict[str, np.ndarray], name: str, objects: Object
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
-    if (kind is np.ndarray or isinstance(value, np.generic)) and not value.dtype.hasobject and kind is not np.record:
+    # what an agent has of other classes of arrays and dicts becomes plain, an environment would act by the difference
+    is_agent = objects is not None
+    is_array = kind is np.ndarray or isinstance(value, np.generic) or (is_agent and isinstance(value, np.ndarray))
+    if is_array and not value.dtype.hasobject and kind is not np.record:
         key = str(len(arrays))
         arrays[key] = np.array(value)
         return {"array" if isinstance(value, np.ndarray) else "number": key}
@@ -56,15 +60,13 @@ def encode(value: Any, arrays: dict[str, np.ndarray], name: str, objects: Object
         return {"tuple": encode(list(value), arrays, name, objects)}
     if kind is deque:
         return {"deque": encode(list(value), arrays, name, objects), "maxlen": value.maxlen}
-    factory = value.default_factory if kind is defaultdict else None
-    # agents keep dicts of other classes as plain ones
-    if kind in (dict, OrderedDict, Counter, defaultdict) or (objects is not None and isinstance(value, dict)):
+    if kind in _DICTS.values() or (is_agent and isinstance(value, dict)):
         pairs = [[encode(k, arrays, name, objects), encode(v, arrays, f"{name}[{k!r}]", objects)] for k, v in value.items()]
-        if kind is defaultdict and factory is not None and factory not in _FACTORIES.values():
-            raise OpaqueError(f"{name} is a defaultdict of {factory!r}")
-        if objects is not None or kind is dict:
-            return {"dict": pairs}
-        return {kind.__name__: pairs, "factory": None if factory is None else factory.__name__}
+        if is_agent or kind is not defaultdict:
+            return {"dict" if is_agent else kind.__name__: pairs}
+        if value.default_factory not in (None, *_FACTORIES.values()):
+            raise OpaqueError(f"{name} is a defaultdict of {value.default_factory!r}")
+        return {"defaultdict": pairs, "factory": getattr(value.default_factory, "__name__", None)}
     if kind is np.random.Generator and type(value.bit_generator).__name__ in _GENERATORS:
         return {"generator": encode(value.bit_generator.state, arrays, name)}
     if objects is not None:
@@ -94,11 +96,9 @@ def decode(value: Any, arrays: dict[str, np.ndarray], objects: Objects | None = 
         return tuple(decode(inner, arrays, objects))
     if kind == "deque":
         return deque(decode(inner, arrays, objects), maxlen=rest[0][1])
-    if kind in ("dict", "OrderedDict", "Counter", "defaultdict"):
+    if kind in _DICTS:
         pairs = {decode(k, arrays, objects): decode(v, arrays, objects) for k, v in inner}
-        if kind == "defaultdict":
-            return defaultdict(_FACTORIES.get(rest[0][1]), pairs)
-        return pairs if kind == "dict" else (OrderedDict if kind == "OrderedDict" else Counter)(pairs)
+        return defaultdict(_FACTORIES.get(rest[0][1]), pairs) if kind == "defaultdict" else _DICTS[kind](pairs)
     if kind == "object" and objects is not None:
         return objects.make(decode(inner, arrays, objects))
     state = decode(inner, arrays)

@@ -19,9 +19,8 @@ from stable_baselines3.common.utils import get_device
 from torch import nn
 from typing_extensions import Self
 
-from sb3_softq import checks
 from sb3_softq.actor import HEAD_ARCH, N_EXPERTS, SMOOTHINGS, SamplingActor, Smoothing
-from sb3_softq.checks import check_flag, check_integer, check_net_arch, check_number, check_type
+from sb3_softq.checks import check_flag, check_integer, check_net_arch, check_network_classes, check_number, check_type
 from sb3_softq.critic import ParticleCritic
 from sb3_softq.networks import polyak_update
 
@@ -133,10 +132,7 @@ class SoftQPolicy(BasePolicy):
         self.n_bins = n_bins
         for name in ("batch_norm", "share_features_extractor", "normalize_images"):
             check_flag(name, getattr(self, name))
-        checks.check_activation(activation_fn)
-        checks.check_optimizer(optimizer_class)
-        if not callable(features_extractor_class):
-            checks.check_class("features_extractor_class", features_extractor_class, BaseFeaturesExtractor)
+        check_network_classes(activation_fn, optimizer_class, features_extractor_class)
 
         self.actor = self.make_actor()
         # Like the target, it never shares its features extractor. It takes no random numbers from those that come after it

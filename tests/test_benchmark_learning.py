@@ -67,6 +67,30 @@ def wait_until(condition, process: subprocess.Popen | None = None) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("run", "--steps", "1e400"), "'1e400' is not a positive number"),
+        (("report", "--csv", "nowhere.csv"), "No such file or directory"),
+        (("report", "--csv", "empty.csv"), "No columns to parse"),
+    ],
+)
+def test_what_is_wrong_is_said_without_a_traceback(tmp_path: Path, args: tuple[str, ...], message: str):
+    (tmp_path / "empty.csv").write_text("")
+    process = start(tmp_path, *args)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode != 0
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_a_run_that_is_named_twice_is_trained_once(tmp_path: Path):
+    run = ("run", "--algos", "sac", "sac", "--envs", "Pendulum-v1", "--seeds", "3", "3", "--steps", "20", "--eval-freq", "20")
+    output = call(tmp_path, *run, "--jobs", "2", "--logs", "logs")
+    assert "[1/1]" in output
+    assert output.count("finished after") == 1
+
+
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_killed_run_continues(tmp_path: Path):
     name = "{}-learning_starts=100-train_freq=4-gradient_steps=1"

@@ -153,6 +153,8 @@ def test_export_onnx(tmp_path):
     output = example("export_onnx.py", "--model", tmp_path / "model.zip", "--out", tmp_path / "new" / "policy.onnx")
     assert float(output.split()[-1]) < 1e-5
     assert f"{tmp_path / 'new' / 'policy.onnx'}: " in output
+    error = example("export_onnx.py", "--model", tmp_path / "nowhere.zip", "--out", tmp_path / "other.onnx", code=2)
+    assert f"--model {tmp_path / 'nowhere.zip'} is not there" in error
 
 
 def test_multi_goal(tmp_path):

@@ -1,6 +1,7 @@
 """Agents as tensors and JSON: what comes back is what was saved, and nothing of a stranger's file runs."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import gymnasium as gym
@@ -339,3 +340,14 @@ def test_agents_of_sb3_policies_are_not_instances():
     """A layer holds weights: it is no value of a few numbers."""
     with pytest.raises(OpaqueError, match="Linear"):
         there_and_back(nn.Linear(2, 2))
+
+
+def test_dicts_and_arrays_of_other_classes_become_plain_ones(tmp_path):
+    """As an agent's arguments: what a defaultdict lacks is not asked of it."""
+    policy_kwargs = defaultdict(lambda: None, net_arch=[8])
+    model = agent(policy_kwargs=policy_kwargs)
+    model.masks = np.ma.masked_array([1.0, 2.0])
+    model.save(tmp_path / "agent.safetensors")
+    loaded = SoftQ.load(tmp_path / "agent.safetensors")
+    assert loaded.policy_kwargs == {"net_arch": [8]}
+    assert type(loaded.masks) is np.ndarray

@@ -141,18 +141,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 # ------------------------------------------------------------------ run
 
 
-def once(values: list[Any]) -> list[Any]:
-    """Each of them, where it comes first: two runs of one would write into one folder."""
-    return list(dict.fromkeys(values))
-
-
 def run(args: argparse.Namespace) -> None:
     if args.label and len(args.algos) > 1:
         sys.exit("--label names one variant: give one of --algos")
     # seeds outermost: a benchmark that is stopped early has compared everything on the seeds it has
-    runs = [
-        make_run(args, algo, env, seed) for seed in once(args.seeds) for env in once(args.envs) for algo in once(args.algos)
-    ]
+    runs = [make_run(args, algo, env, seed) for seed in args.seeds for env in args.envs for algo in args.algos]
     train_runs(runs, args.jobs, args.ray)
 
 
@@ -165,7 +158,8 @@ def train_runs(runs: list[Run], jobs: int | None = None, ray: str | None = None)
     :param ray: Address of a Ray cluster, None for this machine alone
     """
     waiting = []
-    for run in runs:
+    # each once: two would write into one folder
+    for run in {run.folder: run for run in runs}.values():
         if run.config.exists():
             check_same_run(run)
         if run.model.exists():
@@ -329,9 +323,6 @@ def name_run(row: dict[str, str]) -> tuple[str, str, str]:
 
 
 def report(args: argparse.Namespace) -> None:
-    for path in args.csv:
-        if not path.is_file() or not read_rows(path):
-            sys.exit(f"{path} has no evaluations: learning.py collect writes it")
     # here, not above: it needs packages that training does not
     from report import make_report
 

@@ -77,9 +77,11 @@ class Results:
     """
 
     def __init__(self, csvs: list[Path], labels: list[str] | None, reference: str, returns: str):
-        self.rows = pd.concat([pd.read_csv(csv) for csv in csvs]).drop_duplicates(
-            ["label", "env", "seed", "step"], keep="last"
-        )
+        try:
+            self.rows = pd.concat([pd.read_csv(csv) for csv in csvs])
+        except (FileNotFoundError, pd.errors.EmptyDataError) as error:
+            raise SystemExit(f"{', '.join(map(str, csvs))}: {error} (learning.py collect writes such files)") from error
+        self.rows = self.rows.drop_duplicates(["label", "env", "seed", "step"], keep="last")
         self.rows["return"] = self.rows[f"{returns}_mean"]
         present = list(self.rows["label"].unique())
         missing = sorted(set(labels or []) - set(present))
