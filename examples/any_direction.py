@@ -10,7 +10,6 @@ What is finished lies in --logs, so that a second call goes on; several calls at
 """
 
 import argparse
-import csv
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from xml.etree import ElementTree
 import gymnasium as gym
 import numpy as np
 import torch as th
-from finished import finished
+from finished import finished, table
 from gymnasium.envs.mujoco import mujoco_env
 from mazes import Map, Maze
 from peers import ALGORITHMS, COLOURS
@@ -36,6 +35,7 @@ from sb3_softq.rollouts import roll_out
 OUT = Path(__file__).parent / "results" / "any_direction.png"
 # The same temperature and discount for all
 SETTINGS: dict[str, Any] = dict(ent_coef=0.2, learning_starts=5000, buffer_size=300_000, device="cpu")
+FINE_TUNING: dict[str, Any] = dict(learning_starts=1000)
 # One direction is as good as another at this speed, metres a second
 FASTEST = 2.0
 N_STEPS = 300
@@ -157,10 +157,10 @@ def fine_tune(name: str, seed: int, place: str, args: argparse.Namespace) -> dic
     cls, kwargs = ALGORITHMS.get(name, ALGORITHMS["SoftQ"])
     settings = SETTINGS | kwargs | compiled(name, args)
     if name == "from scratch":
-        agent = cls("MlpPolicy", Ant(place), seed=seed, **settings)
+        agent = cls("MlpPolicy", Ant(place), seed=seed, **settings | FINE_TUNING)
     else:
         # what it knows is in its weights: the data, and the random steps, begin anew
-        agent = cls.load(args.logs / f"{name}_{seed}.zip", Ant(place), seed=seed, device="cpu", learning_starts=1000)
+        agent = cls.load(args.logs / f"{name}_{seed}.zip", Ant(place), seed=seed, device="cpu", **FINE_TUNING)
     callback = UntilSuccess(place, args.eval_freq)
     agent.learn(args.more_steps, callback)
     reached = [step for step, share in callback.shares if share >= 0.8]
@@ -194,7 +194,6 @@ def main() -> None:
         parser.error(f"--more-steps {args.more_steps} has no evaluation: it must be at least --eval-freq {args.eval_freq}")
     th.set_num_threads(1)
     args.logs.mkdir(parents=True, exist_ok=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
 
     before, after = {}, {}
     for seed, name in itertools.product(args.seeds, args.algos):
@@ -205,14 +204,13 @@ def main() -> None:
         path = args.logs / f"{name.replace(' ', '_')}_{seed}_{place}.json"
         given = dict(steps=args.steps, more_steps=args.more_steps, eval_freq=args.eval_freq)
         after[name, seed, place] = cell(path, given, partial(fine_tune, name, seed, place, args))
-    with args.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["agent", "seed", "entropy", *(f"sector_{i}" for i in range(N_SECTORS)), *args.places])
+    header = ["agent", "seed", "entropy", *(f"sector_{i}" for i in range(N_SECTORS)), *args.places]
+    with table(args.out.with_suffix(".csv"), header) as write:
         for name, seed in [(name, seed) for name in [*args.algos, "from scratch"] for seed in args.seeds]:
             counts = before.get((name, seed), {}).get("sectors", [])
             steps = [after[name, seed, place]["steps"] for place in args.places]
             directions = [f"{histogram_entropy(np.array(counts)):.2f}", *counts] if counts else [""] * (1 + N_SECTORS)
-            writer.writerow([name, seed, *directions, *(args.more_steps + 1 if x is None else x for x in steps)])
+            write([name, seed, *directions, *(args.more_steps + 1 if x is None else x for x in steps)])
     draw(before, after, args)
     print(args.out)
 

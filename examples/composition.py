@@ -5,12 +5,12 @@ Two agents, composed without new data: one knows the goals right and up, the oth
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from finished import table
 
 from sb3_softq import SoftQ
 from sb3_softq.composition import compose
@@ -35,11 +35,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the figure shows the first")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     env = MultiGoalEnv([RIGHT, UP, DOWN])
-    with args.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["seed", "agent", "right", "up", "down"])
+    with table(args.out.with_suffix(".csv"), ["seed", "agent", "right", "up", "down"]) as write:
         for seed in args.seeds:
             up, down = (train([RIGHT, goal], args.steps, seed) for goal in (UP, DOWN))
             both = compose([up, down], gradient_steps=max(args.steps // 3, 1))
@@ -48,8 +45,7 @@ def main() -> None:
             for name, (_, goals) in rollouts.items():
                 shares = [float(np.mean(goals == i)) for i in range(3)]
                 print(f"seed {seed}, {name}: right {shares[0]:.0%}, up {shares[1]:.0%}, down {shares[2]:.0%} of 100 rollouts")
-                writer.writerow([seed, name, *shares])
-            file.flush()
+                write([seed, name, *shares])
             if seed == args.seeds[0]:
                 draw(env, {name: paths for name, (paths, _) in rollouts.items()}, args.out)
     print(args.out)

@@ -9,15 +9,16 @@ part, the one has both, the other all between them, which nobody has demonstrate
 """
 
 import argparse
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch as th
+from finished import table
 from ring_maze import N_STEPS, Outcome, Ring, draw_paths, roll_out
 from stable_baselines3 import SAC
+from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_softq import SoftQ
 from sb3_softq.data import Trajectory
@@ -53,10 +54,12 @@ def drive(env: Ring, route: str, rng: np.random.Generator) -> Trajectory:
 
 def clone_gaussian(data: list[Trajectory], seed: int, n_updates: int) -> SAC:
     """What ``SoftQ.clone_behaviour`` does, for the actor of SAC."""
-    model = SAC("MlpPolicy", Ring(), seed=seed, device="cpu")
-    buffer = SoftQ("MlpPolicy", Ring(), seed=seed, device="cpu").set_data(data).logged_data
+    softq = SoftQ("MlpPolicy", Ring(), seed=seed, device="cpu").set_data(data)
+    model = SAC("MlpPolicy", Ring(), seed=seed, device="cpu", learning_rate=softq.learning_rate)
+    buffer = softq.logged_data
     assert buffer is not None
-    for _ in range(n_updates):
+    for i in range(n_updates):
+        update_learning_rate(model.actor.optimizer, model.lr_schedule(1 - i / n_updates))
         batch = buffer.sample(model.batch_size)
         mean, log_std, kwargs = model.actor.get_action_dist_params(batch.observations)
         distribution = model.actor.action_dist.proba_distribution(mean, log_std, **kwargs)
@@ -85,10 +88,8 @@ def main() -> None:
     th.set_num_threads(1)
 
     pictures: dict[str, tuple[Outcome, np.ndarray]] = {}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["seed", "actor", "up", "down", "actions_that_nobody_demonstrated"])
+    header = ["seed", "actor", "up", "down", "actions_that_nobody_demonstrated"]
+    with table(args.out.with_suffix(".csv"), header) as write:
         for seed in args.seeds:
             rng = np.random.default_rng(seed)
             data = [drive(Ring(), ("up", "down")[i % 2], rng) for i in range(args.demonstrations)]
@@ -100,8 +101,7 @@ def main() -> None:
                 distances = np.linalg.norm(actions[:, None] - demonstrated, axis=2).min(axis=1)
                 row = [seed, name, outcome.up, outcome.down, f"{(distances > NEAR).mean():.3f}"]
                 print("seed {}, {}: up {}, down {}; share of actions that nobody demonstrated {}".format(*row), flush=True)
-                writer.writerow(row)
-                file.flush()
+                write(row)
                 pictures.setdefault(name, (outcome, actions))
     draw(pictures, args.out)
     print(args.out)

@@ -5,7 +5,6 @@ Pre-train a half-cheetah to run in any direction, then go on to one direction fr
 """
 
 import argparse
-import csv
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from cooling import Cooling
+from finished import table
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -92,10 +92,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.more_steps < args.eval_freq:
         parser.error(f"--more-steps {args.more_steps} has no evaluation: it must be at least --eval-freq {args.eval_freq}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.with_suffix(".csv").open("w", newline="") as file, tempfile.TemporaryDirectory() as folder:
-        writer = csv.writer(file)
-        writer.writerow(["agent", "direction", "seed", "step", "return"])
+    header = ["agent", "direction", "seed", "step", "return"]
+    curves: list[tuple[str, list[tuple[int, float]]]] = []
+    with table(args.out.with_suffix(".csv"), header) as write, tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             settings = {name: SETTINGS | dict(seed=seed) for name in ALGORITHMS}
             settings["SoftQ"] |= dict(compile=args.compile, learning_rate=3e-4, tau=0.02, policy_kwargs=dict(batch_norm=False))
@@ -111,30 +110,25 @@ def main() -> None:
                         f"seed {seed}, {label}, {'forwards' if direction > 0 else 'backwards'}: {points[-1][1]:.0f}",
                         flush=True,
                     )
-                    writer.writerows([label, direction, seed, step, f"{value:.1f}"] for step, value in points)
-            file.flush()
-    draw(args.out)
+                    for step, value in points:
+                        write([label, direction, seed, step, f"{value:.1f}"])
+                    curves.append((label, points))
+    draw(curves, args.out)
     print(args.out)
 
 
-def draw(out: Path) -> None:
+def draw(curves: list[tuple[str, list[tuple[int, float]]]], out: Path) -> None:
     """Both directions of each seed, and their mean."""
-    with out.with_suffix(".csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = new_figure(7.0, 4.5)
+    figure, axes = new_figure(10.0, 4.5)
     colours = {"SoftQ pre-trained": "tab:blue", "SAC pre-trained": "tab:orange", "SoftQ from scratch": "0.5"}
     for label, colour in colours.items():
-        curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for row in rows:
-            if row["agent"] == label:
-                curves.setdefault((row["direction"], row["seed"]), []).append((int(row["step"]), float(row["return"])))
-        for points in curves.values():
-            axes.plot(*zip(*points, strict=True), color=colour, alpha=0.3, linewidth=1)
-        steps = [step for step, _ in next(iter(curves.values()))]
-        mean = np.mean([[value for _, value in points] for points in curves.values()], axis=0)
-        axes.plot(steps, mean, "o-", color=colour, linewidth=2, label=f"{label}, mean of {len(curves)} runs")
+        runs = np.array([points for name, points in curves if name == label])  # (n_runs, n_evaluations, 2)
+        for points in runs:
+            axes.plot(*points.T, color=colour, alpha=0.3, linewidth=1)
+        axes.plot(*runs.mean(axis=0).T, "o-", color=colour, linewidth=2, label=f"{label}, mean of {len(runs)} runs")
     axes.set(xlabel="steps of fine-tuning", ylabel="return", title="Half-cheetah: forwards or backwards, after either")
-    axes.legend(loc="upper left")
+    # beside the curves, some of which are everywhere
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     figure.savefig(out)
 

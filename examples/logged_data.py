@@ -8,11 +8,11 @@ another seed, learns from them alone at first, then goes on in the environment w
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
 import torch as th
+from finished import table
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -63,12 +63,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
     th.set_num_threads(1)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
 
     curves: list[tuple[str, int, list[tuple[int, float]]]] = []
-    with args.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["agent", "seed", "step", "return"])
+    with table(args.out.with_suffix(".csv"), ["agent", "seed", "step", "return"]) as write:
         for seed in args.seeds:
             kwargs = dict(buffer_size=args.steps, compile=args.compile, device="cpu")
             first = SoftQ("MlpPolicy", args.env, learning_starts=2_000, seed=seed, **kwargs)
@@ -80,8 +77,8 @@ def main() -> None:
                 callback = UntilReturn(args.env, args.enough, args.eval_freq)
                 agent.learn(args.steps, callback)
                 curves.append((name, seed, callback.points))
-                writer.writerows([name, seed, step, f"{value:.1f}"] for step, value in callback.points)
-                file.flush()
+                for step, value in callback.points:
+                    write([name, seed, step, f"{value:.1f}"])
                 step, value = callback.points[-1]
                 print(f"seed {seed}, {name}: {value:.0f} after {step} steps, {callback.points[0][1]:.0f} before", flush=True)
     draw(curves, args.out)

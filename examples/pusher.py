@@ -5,12 +5,12 @@ Composed skills: one agent slides a puck to x = -1, another to y = -1, and their
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from finished import table
 
 from sb3_softq import SoftQ
 from sb3_softq.composition import compose
@@ -57,10 +57,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="faster, the same numbers but for rounding")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["seed", "agent", "mean_distance", "median_distance"])
+    header = ["seed", "agent", "mean_distance", "median_distance"]
+    with table(args.out.with_suffix(".csv"), header) as write:
         for seed in args.seeds:
             settings = SETTINGS | dict(buffer_size=args.steps, seed=seed, compile=args.compile)
             x, y, scratch = (train(args.steps, goal, settings) for goal in GOALS.values())
@@ -77,8 +75,7 @@ def main() -> None:
                     f"seed {seed}, {name}: puck {values.mean():.2f} m from (-1, -1), median {np.median(values):.2f}",
                     flush=True,
                 )
-                writer.writerow([seed, name, f"{values.mean():.4f}", f"{np.median(values):.4f}"])
-            file.flush()
+                write([seed, name, f"{values.mean():.4f}", f"{np.median(values):.4f}"])
             if seed == args.seeds[0]:
                 draw(episodes, args.out)
     print(args.out)

@@ -11,7 +11,6 @@ in --logs, so that a second call goes on; several calls at once take different -
 """
 
 import argparse
-import csv
 import itertools
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from cooling import Cooling
-from finished import finished
+from finished import finished, table
 from peers import ALGORITHMS, COLOURS
 from ring_maze import Ring, draw_paths, roll_out
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -67,12 +66,10 @@ def main() -> None:
         line = "up {up}, down {down}; {blocked} blocked: {at_once} at once, {after} after more steps".format(**result)
         print(f"seed {seed}, {name}: {line}", flush=True)
         results[name, seed] = result
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["seed", "algo", "up", "down", "blocked", "at_once", f"after_{args.more}"])
+    header = ["seed", "algo", "up", "down", "blocked", "at_once", f"after_{args.more}"]
+    with table(args.out.with_suffix(".csv"), header) as write:
         for (name, seed), result in results.items():
-            writer.writerow([seed, name, *(result[key] for key in ("up", "down", "blocked", "at_once", "after"))])
+            write([seed, name, *(result[key] for key in ("up", "down", "blocked", "at_once", "after"))])
     draw({name: results[name, args.seeds[0]] for name in args.algos}, args.out)
     print(args.out)
 

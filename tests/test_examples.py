@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from examples.finished import table
 from sb3_softq import SoftQ
 from sb3_softq.checkpoint import steps_done
 
@@ -218,6 +219,25 @@ def test_fine_tuning_without_an_evaluation(tmp_path, script):
     error = example(script, "--more-steps", 200, "--eval-freq", 201, "--out", tmp_path / "figure.png", code=2)
     assert "--more-steps 200 has no evaluation: it must be at least --eval-freq 201" in error
     assert (tmp_path / "figure.csv").read_text() == "precious"
+
+
+def test_a_table_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "new" / "table.csv"
+    with table(path, ["seed", "return"]) as write:
+        write([0, 1.5])
+    assert path.read_text() == "seed,return\n0,1.5\n"
+
+    def interrupted():
+        with table(path, ["seed", "return"]) as write:
+            write([0, 2.5])
+            # those who watch see each row at once
+            assert path.with_suffix(".part").read_text() == "seed,return\n0,2.5\n"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "seed,return\n0,1.5\n"
+    assert path.with_suffix(".part").read_text() == "seed,return\n0,2.5\n"
 
 
 def test_two_routes(tmp_path):

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from scipy.stats import norm
 from stable_baselines3 import SAC
 
 from sb3_softq import SoftQ
@@ -81,7 +81,8 @@ class Modes:
     def masses(self) -> np.ndarray:
         """Integral over the box of the weight times the density of each Gaussian, without the factor (2 pi)^(d/2)."""
         centres, widths = np.array(self.centres), np.array(self.widths)[:, None]
-        return np.array(self.weights) * (norm.cdf((1 - centres) / widths) - norm.cdf((-1 - centres) / widths)).prod(axis=1)
+        cdf = np.vectorize(NormalDist().cdf)
+        return np.array(self.weights) * (cdf((1 - centres) / widths) - cdf((-1 - centres) / widths)).prod(axis=1)
 
     def log_z(self) -> float:
         """Log of the integral of exp(reward) over the box."""

@@ -82,8 +82,10 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         for row in pool.map(measure, *zip(*runs, strict=True)):
             rows.append(row)
-            pd.DataFrame(rows).to_csv(args.out, index=False)
+            # takes the place of older results once it is whole
+            pd.DataFrame(rows).to_csv(args.out.with_suffix(".part"), index=False)
             print(*row.values(), sep="  ", flush=True)
+    args.out.with_suffix(".part").replace(args.out)
     table = pd.DataFrame(rows).replace("", np.nan)
     for (variant, case), group in table.groupby(["variant", "case"], sort=False):
         parts = [f"{name} {' '.join(f'{x:+.2f}' for x in group[name])}" for name in MEASURES if group[name].notna().all()]

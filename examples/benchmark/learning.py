@@ -2,7 +2,7 @@
 Learning benchmark: SoftQ against SAC, TD3, TQC and CrossQ over environments and seeds.
 
     python examples/benchmark/learning.py run --algos softq sac td3 --envs HalfCheetah-v4 Hopper-v4 Walker2d-v4 --seeds 1 2 3
-    python examples/benchmark/learning.py collect --name mujoco_100k
+    python examples/benchmark/learning.py collect --name mujoco_100k --update
     python examples/benchmark/learning.py report --csv examples/benchmark/results/mujoco_100k.csv
 
 A run is one algorithm (or variant of it), environment and seed, trained in a process of its own with one torch thread by

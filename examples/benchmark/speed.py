@@ -339,8 +339,10 @@ def measure_predict(effort: Effort, out: Path) -> None:
 # ---------------------------------------------------------------------- start of a process
 
 
-def start_in_process(compile: bool) -> float:
-    """Seconds from before the first update to after it, to be called in a process of its own."""
+def start_in_process(compile: bool, cache: str) -> float:
+    """Seconds from before the first update to after it, to be called in a process of its own, with torch's cache there."""
+    # here, since processes inherit the environment that the first of them was started with
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     th.set_num_threads(1)
     model = SoftQ("MlpPolicy", ENV_ID, buffer_size=1_000, learning_starts=100, compile=compile).learn(100)
@@ -354,12 +356,9 @@ def measure_start(effort: Effort, out: Path) -> None:
     rows: list[Row] = []
     for i in range(effort.starts):
         with tempfile.TemporaryDirectory() as folder:
-            # the processes inherit it
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
             for name, compile in (("not compiled", False), ("compiled, first process", True), ("compiled, second", True)):
-                (seconds,) = in_new_process(start_in_process, [(compile,)])
+                (seconds,) = in_new_process(start_in_process, [(compile, folder)])
                 rows.append(dict(start=name, turn=i, seconds=seconds))
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
     write(out / "speed_start.csv", rows)
     show(rows)
 
@@ -413,8 +412,12 @@ def main() -> None:
         default="highest",
         help="of torch.set_float32_matmul_precision, for all rows: 'medium' has the matmuls done by oneDNN instead of MKL",
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, help="folder (default: results beside this script, with --quick logs/speed)")
     args = parser.parse_args()
+    if args.quick and args.long:
+        parser.error("--long is not for --quick")
+    if args.out is None:
+        args.out = Path("logs/speed") if args.quick else Path(__file__).parent / "results"
 
     # v4 is what the published results of the peers are for
     warnings.filterwarnings("ignore", message=".*is out of date.*")

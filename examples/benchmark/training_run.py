@@ -407,10 +407,10 @@ def commit() -> str:
 
 
 def source() -> str:
-    """Digest of the modules that learn: a commit does not tell what was changed since."""
+    """Digest of the package: a commit does not tell what was changed since."""
     digest = hashlib.sha256()
-    for name in ("softq", "policies", "stein", "soft_value"):
-        digest.update((Path(sb3_softq.__file__).parent / f"{name}.py").read_bytes())
+    for path in sorted(Path(sb3_softq.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
