@@ -277,7 +277,8 @@ def main() -> int:
         if (args.out / name).exists():
             print(f"{title:>20}: {args.out / name}")
     if interrupted:
-        command = ["python", sys.argv[0], "--env", args.env, "--out", str(args.out), "--steps", str(steps), "--resume"]
+        command = ["python", sys.argv[0], "--env", args.env, "--out", str(args.out), "--steps", str(steps)]
+        command += ["--seed", str(args.seed), "--resume"]
         print(f"To go on: {shlex.join(command)}")
     return 130 if interrupted else 0
 

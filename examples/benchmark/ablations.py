@@ -29,6 +29,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "smoothing-floor": dict(variant="smoothing_floor"),
     "explore-with-component-means": dict(variant="explore_with_component_means"),
     "no-ema-actor": dict(actor_tau=1.0),
+    "1-expert": {"policy_kwargs.n_experts": 1},
     # the soft value
     "1-value-particle": dict(n_value_particles=1),
     "4-value-particles": dict(n_value_particles=4),
@@ -51,7 +52,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     # temperature and critics
     "fixed-temperature-0.1": dict(ent_coef=0.1),
     "fixed-temperature-0.03": dict(ent_coef=0.03),
-    "temperature-from-1": dict(ent_coef="auto_1"),
+    "critics-of-numbers": dict(normalize_rewards=False, ent_coef="auto_0.1"),
+    "constant-learning-rate": dict(learning_rate=1e-3),
     "joint-gradient": dict(variant="joint_gradient"),
     "no-batch-norm": {"policy_kwargs.batch_norm": False, "tau": 0.005, "learning_rate": 3e-4},
 }

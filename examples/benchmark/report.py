@@ -54,6 +54,18 @@ SCALES = MUJOCO | {
 REFERENCE_RETURNS = {"HalfCheetah": 9535.0, "Hopper": 2326.0, "Walker2d": 3863.0, "Ant": 4616.0, "Humanoid": 6232.0}
 REFERENCE_STEPS = {"Humanoid": 2_000_000}  # the others: 1,000,000
 
+# In figures; other labels stand for themselves
+NAMES = {
+    "softq": "SoftQ",
+    "sac": "SAC",
+    "td3": "TD3",
+    "tqc": "TQC",
+    "crossq": "CrossQ",
+    "original": "SQL (2017)",
+    "discrete": "DiscreteSoftQ",
+    "dqn": "DQN",
+    "qrdqn": "QR-DQN",
+}
 COLOURS = {"softq": "C0", "sac": "C3", "td3": "C2", "tqc": "C1", "crossq": "C4", "original": "0.45"}
 OTHER_COLOURS = ("C5", "C6", "C8", "C9", "navy", "darkgreen", "gold", "maroon", "black")
 DIAGNOSTICS = {
@@ -306,6 +318,10 @@ def thousands(value: float, _: int) -> str:
     return f"{value / 1000:g}k" if value < 1_000_000 else f"{value / 1_000_000:g}M"
 
 
+def display(label: str) -> str:
+    return NAMES.get(label, label)
+
+
 def finish(ax: Axes, **properties: Any) -> None:
     ax.set(**properties)
     ax.grid(alpha=0.25)
@@ -313,7 +329,7 @@ def finish(ax: Axes, **properties: Any) -> None:
 
 
 def add_legend(figure: Figure, results: Results) -> None:
-    handles = [plt.Line2D([], [], color=results.colours[label], lw=2, label=label) for label in results.labels]
+    handles = [plt.Line2D([], [], color=results.colours[label], lw=2, label=display(label)) for label in results.labels]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
 
 
@@ -365,7 +381,7 @@ def plot_aggregate(
     if others:
         plot_intervals(axes[1], results, others, improvement)
         axes[1].axvline(0.5, color="0.5", lw=1, ls="--")
-        finish(axes[1], title=f"probability that {first} is better than", xlabel="probability", xlim=(-0.02, 1.02))
+        finish(axes[1], title=f"probability that {display(first)} is better than", xlabel="probability", xlim=(-0.02, 1.02))
     for label in results.labels:
         axes[-1].fill_between(steps, *efficiency[1][label], color=results.colours[label], alpha=0.15, lw=0)
         axes[-1].plot(steps, efficiency[0][label], color=results.colours[label], lw=1.8)
@@ -382,7 +398,7 @@ def plot_intervals(
         low, high = estimates[1][label][:, 0]
         ax.barh(height, high - low, left=low, height=0.5, color=results.colours[label], alpha=0.3)
         ax.plot([estimates[0][label][0]] * 2, [height - 0.25, height + 0.25], color=results.colours[label], lw=2.5)
-    ax.set_yticks(range(len(labels)), list(reversed(labels)))
+    ax.set_yticks(range(len(labels)), [display(label) for label in reversed(labels)])
     ax.set_ylim(-0.6, len(labels) - 0.4)
 
 
@@ -441,7 +457,7 @@ def plot_time_to_return(results: Results, times: list[TimeToReturn], notes: list
                 colour = "black" if time.steps is not None else "0.5"
                 text = f"{title}: {describe(time)}"
                 ax.annotate(text, (0, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
-        ax.set_yticks(range(len(labels)), labels)
+        ax.set_yticks(range(len(labels)), [display(label) for label in labels])
         ax.set_ylim(len(labels) - 0.4, -0.6)
         finish(ax, title=env)
         ax.grid(visible=False, axis="y")
@@ -449,5 +465,8 @@ def plot_time_to_return(results: Results, times: list[TimeToReturn], notes: list
     axes[0, 0].set_xlim(0, 1.05 * max((time.minutes for time in times if time.minutes is not None), default=1))
     for ax in axes.flat[len(envs) :]:
         ax.set_visible(False)
+    # the lowest panel of each column has the numbers, where the last row is not full too
+    for ax in axes.flat[max(len(envs) - n_columns, 0) : len(envs)]:
+        ax.tick_params(labelbottom=True)
     figure.supxlabel(f"minutes on one core, learning_starts steps at full price. {'. '.join(notes)}", fontsize=9)
     return figure

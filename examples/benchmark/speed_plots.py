@@ -23,7 +23,7 @@ def plot_table(rows: list[dict[str, Any]], threads: Sequence[int], path: Path) -
     ax.set_yticks(np.arange(len(names)) + 0.5 * (len(threads) - 1) * height, names)
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set_xlabel("steps per second of learn(), Walker2d-v4, batch 256, 2x256")
+    ax.set_xlabel("steps per second of learn(), Walker2d-v4, batch 256,\nnetworks of 2x256 unless said otherwise")
     ax.legend(frameon=False, loc="lower right")
     fig.savefig(path, dpi=110)
     plt.close(fig)
@@ -37,7 +37,7 @@ def plot_growth(rows: list[dict[str, Any]], path: Path) -> None:
         values = [row["value"] for row in mine]
         top.plot(values, [row["ms"] for row in mine], "o-", label="measured")
         top.plot(values, [mine[0]["ms"] * row["linear"] for row in mine], "--", color="0.6", label="linear")
-        top.set(xscale="log", yscale="log", title=axis)
+        top.set(xscale="log", yscale="log", title=f"{axis}: ms per step of all" if axis == "environments" else axis)
         bottom.plot(values, [row["peak_mb"] for row in mine], "o-")
         bottom.set(xlabel="environments, an update for each" if axis == "environments" else axis)
         bottom.set_xticks(values, [str(value) for value in values])
@@ -45,7 +45,7 @@ def plot_growth(rows: list[dict[str, Any]], path: Path) -> None:
         for ax in (top, bottom):
             ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("ms per update")
-    axes[1, 0].set_ylabel("peak memory of the process, MB")
+    axes[1, 0].set_ylabel("peak memory, MB")
     axes[1, 0].set_ylim(bottom=0)
     axes[0, 0].legend(frameon=False)
     fig.savefig(path, dpi=90)
