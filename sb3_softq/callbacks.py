@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -50,7 +51,9 @@ class PeriodicCallback(BaseCallback):
         # with several environments a step of all can jump over a multiple
         if self.num_timesteps >= self._next:
             self._next += self.freq
-            self._on_period()
+            # what is asked of the agent takes nothing from the random numbers of training
+            with th.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
+                self._on_period()
         return True
 
     @abstractmethod

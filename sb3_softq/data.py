@@ -87,7 +87,7 @@ def _pieces(buffer: ReplayBuffer, part: np.ndarray, env: int) -> list[np.ndarray
     goes_on = np.ones(len(part) - 1, dtype=bool)
     for observations, next_observations in _arrays(buffer):
         same = next_observations[part[:-1], env] == observations[part[1:], env]
-        goes_on &= same.reshape(len(same), -1).all(axis=1)
+        goes_on &= same.all(axis=tuple(range(1, same.ndim)))
     return np.split(part, np.flatnonzero(~goes_on) + 1)
 
 

@@ -110,7 +110,7 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
     :param target_entropy: Target of the policy's entropy in nats when ``ent_coef`` is learned, between 0 and log(n_actions).
         ``"auto"`` is a tenth of log(n_actions).
     :param tau: Polyak coefficient of the target network, between 0 and 1. By default 0.02, or 1, as in DQN, where
-        ``target_update_interval`` says that it is replaced from time to time
+        ``target_update_interval`` says that it is replaced from time to time; a saved agent keeps its own
     :param target_update_interval: Update the target network every so many gradient steps (DQN counts steps of the environment)
     :param ent_coef_learning_rate: Learning rate of the log of the temperature, when it is learned;
         1e-3 by default, or ``learning_rate`` where that is larger

@@ -23,15 +23,30 @@ PROCESS_CHECK = 1.0
 
 
 class FaultyEnvironmentError(RuntimeError):
-    """An environment raised, ended or returned what cannot be stored; what it raised is the cause of this."""
+    """
+    An environment raised, ended or returned what cannot be stored. What it raised is the cause of this, which is of that
+    class too: whoever catches the one catches the other, as the RL Zoo catches a ValueError around a trial of a search.
+    """
 
+    @classmethod
+    def like(cls, error: BaseException, message: str) -> "FaultyEnvironmentError":
+        """
+        :param error: What the environment raised
+        :param message: What explains it
+        :return: An error of both classes, where there can be one
+        """
+        try:
+            return type(cls.__name__, (cls, type(error)), {})(message)
+        except TypeError:
+            return cls(message)
 
-class FaultyEnvironmentValueError(FaultyEnvironmentError, ValueError):
-    """For what Stable-Baselines3 ends by a ValueError: the RL Zoo, for one, prunes the trial of a search then."""
+    def __str__(self) -> str:
+        # not that of the other class
+        return RuntimeError.__str__(self)
 
-
-class FaultyEnvironmentAssertionError(FaultyEnvironmentError, AssertionError):
-    """For an environment that raises an AssertionError."""
+    def __reduce__(self) -> Any:
+        # a class that was made here has no name that another process could look up
+        return FaultyEnvironmentError, self.args
 
 
 class CheckedDummyVecEnv(DummyVecEnv):
@@ -200,15 +215,15 @@ def check_step(
     :param infos: With their last observations
     :param space: Observation space
     :param num_timesteps: Number of steps so far
-    :raises FaultyEnvironmentValueError: if an observation or a reward has another shape than it must have
+    :raises FaultyEnvironmentError: (a ValueError) if an observation or a reward has another shape than it must have
     """
     n_envs = len(dones)
     if not isinstance(obs, np.ndarray) or obs.shape[1:] != space.shape or len(obs) != n_envs:
         problem = wrong_shape(obs, space, n_envs)
         if problem:
-            raise FaultyEnvironmentValueError(f"The environments failed at step {num_timesteps}: {problem}")
+            raise _value_error(f"The environments failed at step {num_timesteps}: {problem}")
     if np.shape(rewards) != (n_envs,):
-        raise FaultyEnvironmentValueError(
+        raise _value_error(
             f"The environments failed at step {num_timesteps}: the rewards have the shape {np.shape(rewards)}, it must be "
             f"{(n_envs,)}, a number of each environment"
         )
@@ -217,7 +232,12 @@ def check_step(
             # a vectorized environment hands it on as it came
             problem = wrong_shape(infos[env_idx]["terminal_observation"], space, is_copied=True)
             if problem:
-                raise FaultyEnvironmentValueError(f"Environment {env_idx} failed at step {num_timesteps}: {problem}")
+                raise _value_error(f"Environment {env_idx} failed at step {num_timesteps}: {problem}")
+
+
+def _value_error(message: str) -> FaultyEnvironmentError:
+    """What numpy raises where such data are stored."""
+    return FaultyEnvironmentError.like(ValueError(), message)
 
 
 def explain(error: Exception, env: VecEnv, num_timesteps: int) -> FaultyEnvironmentError | None:
@@ -233,7 +253,8 @@ def explain(error: Exception, env: VecEnv, num_timesteps: int) -> FaultyEnvironm
         return None
     outer: VecEnv = inside[0].f_locals["self"]
     # Ray has the error of an actor as the cause of its own
-    index: int | None = getattr(getattr(error, "cause", error), "env_idx", failed_index(error))
+    cause = getattr(error, "cause", error)
+    index: int | None = getattr(cause, "env_idx", failed_index(error))
     what = f"{type(error).__name__}: {error}"
     if frames[-1].f_code is DummyVecEnv.step_wait.__code__:
         # nothing that the environment has called: what it returned
@@ -245,20 +266,12 @@ def explain(error: Exception, env: VecEnv, num_timesteps: int) -> FaultyEnvironm
         results = [frame.f_locals["results"] for frame in inside if "results" in frame.f_locals]
         if results:
             index, what = _unlike_the_others(results[0], workers.observation_space) or (index, what)
-    cls = _kind(error)
     name = "An environment" if index is None else f"Environment {index}"
     if outer.unwrapped is not env.unwrapped:
-        return cls(f"{name} of an evaluation failed at step {num_timesteps}: {what}")
+        return FaultyEnvironmentError.like(cause, f"{name} of an evaluation failed at step {num_timesteps}: {what}")
     # the step that it did not make
     step = num_timesteps + (env.num_envs if inside[0].f_code.co_name == "step" else 0)
-    return cls(f"{name} failed at step {step}: {what}")
-
-
-def _kind(error: Exception) -> type[FaultyEnvironmentError]:
-    """Whoever catches the error itself around training, as the RL Zoo does, catches what explains it."""
-    if isinstance(error, ValueError):
-        return FaultyEnvironmentValueError
-    return FaultyEnvironmentAssertionError if isinstance(error, AssertionError) else FaultyEnvironmentError
+    return FaultyEnvironmentError.like(cause, f"{name} failed at step {step}: {what}")
 
 
 def failed_index(error: Exception) -> int | None:

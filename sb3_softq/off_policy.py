@@ -17,7 +17,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TrainFreq
@@ -127,7 +127,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         check_number("gamma", self.gamma, 0.0, 1.0)
         check_flag("optimize_memory_usage", self.optimize_memory_usage)
         check_replay_buffer(self.replay_buffer_class, self.n_steps, self.optimize_memory_usage, self.observation_space)
-        if not self._is_loaded:  # that of a saved agent is of as many environments as it had
+        if not (self._is_loaded and isinstance(self.action_noise, VectorizedActionNoise)):
+            # a saved one is of as many environments as it had
             check_action_noise(self.action_noise, self.action_space, self.n_envs)
         check_keywords("policy_kwargs", self.policy_kwargs, self.policy_class)
         if self.env is not None:

@@ -16,7 +16,7 @@ from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_flag
 from sb3_softq.critic import ParticleCritic
 from sb3_softq.data import Trajectory
-from sb3_softq.policies import SoftQPolicy
+from sb3_softq.policies import MATURE, SoftQPolicy
 
 # The largest return that has been seen is at most so many times the scale (SimbaV2)
 LARGEST_RETURN = 5.0
@@ -59,9 +59,15 @@ class ReturnScale:
         before = np.array(self.running) if len(self.running) == len(rewards) else np.zeros(len(rewards))
         returns = rewards + gamma * before
         self.running = (returns * (1.0 - terminates)).tolist()
-        self.largest = max(self.largest, float(np.abs(returns).max()))
+        self._take_in(returns)
+
+    def _take_in(self, returns: np.ndarray) -> None:
+        """Discounted returns, of any shape."""
+        self.largest = max(self.largest, float(np.abs(returns).max(initial=0.0)))
         # of the parallel algorithm for the variance
-        n, total = len(returns), self.count + len(returns)
+        n, total = returns.size, self.count + returns.size
+        if n == 0:
+            return
         delta = float(returns.mean()) - self.mean
         self.var += (n * (float(returns.var()) - self.var) + delta**2 * self.count * n / total) / total
         self.mean += delta * n / total
@@ -75,13 +81,13 @@ class ReturnScale:
         :param gamma: Discount factor
         :param bonus: What a step earns beside its reward
         """
-        # the episodes that are going on elsewhere wait
-        running, self.running = self.running, []
         first = buffer.pos if buffer.full else 0
-        for row in np.arange(first, first + buffer.size()) % buffer.buffer_size:
-            terminates = buffer.dones[row] * (1.0 - buffer.timeouts[row])
-            self.observe(buffer.rewards[row].astype(np.float64) + bonus, terminates, gamma)
-        self.running = running
+        rows = np.arange(first, first + buffer.size()) % buffer.buffer_size
+        returns = buffer.rewards[rows].astype(np.float64) + bonus  # (n_rows, n_envs)
+        weights = gamma * (1.0 - buffer.dones[rows] * (1.0 - buffer.timeouts[rows]))
+        for row in range(1, len(rows)):
+            returns[row] += weights[row - 1] * returns[row - 1]
+        self._take_in(returns)
 
     def begin(self) -> None:
         """Other episodes begin."""
@@ -168,8 +174,9 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         super().set_parameters(load_path_or_dict, exact_match, device)
-        if not self._awaits_parameters and self.policy.n_averaged > 0:
-            # what they have learned is in units of their scale
+        has_learned = self.policy.n_averaged not in (0.0, MATURE) or self.critic.return_scale.item() != 1.0
+        if not self._awaits_parameters and has_learned:
+            # what they have learned is in units of their scale; an actor that was only given, or cloned, has none
             self.returns.at_least(self.critic.return_scale.item() * self._reward_unit())
         self._awaits_parameters = False
 
@@ -195,7 +202,7 @@ class ScaledReturns(MaximumEntropyAlgorithm):
     ) -> None:
         self._observe_loaded()
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        terminates = dones & ~np.array([info.get("TimeLimit.truncated", False) for info in infos])
+        terminates = np.asarray(dones, dtype=bool) & ~np.array([info.get("TimeLimit.truncated", False) for info in infos])
         if self._vec_normalize_env is not None:
             # its first ones are divided by next to nothing
             reward = self._vec_normalize_env.get_original_reward()

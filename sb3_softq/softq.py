@@ -43,15 +43,15 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
-    :param ent_coef: Temperature alpha (the inverse of the reward scale of 2017): ``"auto_0.01"`` learns it from the initial
-        value 0.01, with ``normalize_rewards`` in units of the returns' scale, and so does ``"auto"`` (without, from 1 as SAC);
-        a positive float, or a function of the progress remaining, sets it, in the environment's units.
+    :param ent_coef: Temperature alpha (the inverse of the reward scale of 2017): ``"auto_0.01"`` learns it from 0.01, with
+        ``normalize_rewards`` in units of the returns' scale, and so does ``"auto"`` (without, from 1 as SAC); a positive float
+        or a function of the progress remaining sets it, in the environment's units; the scale stays that of the hottest one
     :param n_value_particles: Number K of particles per next state in the soft value
     :param n_actor_particles: Number of particles per state in an actor update, at least 2 where there are several experts
     :param compile: Whether the updates are compiled with ``torch.compile``, which takes some seconds at their first call,
         a C++ compiler and a release of torch that traces gradients (2.13 does)
     :param learning_rate: learning rate of critics and actor, float or function of the progress remaining (from 1 to 0); by
-        default it falls linearly from 1e-3 to 3e-4 over the steps that ``learn`` is told
+        default it falls linearly from 1e-3 to 3e-4 within a call of ``learn`` (a number suits a training in many calls)
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update, at least 2 with batch normalisation

@@ -14,7 +14,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, HParam, KVWriter, Logger, TensorBoardOutputFormat
 
@@ -103,11 +102,6 @@ class PolicyCallback(PeriodicCallback):
             self.states = copy.deepcopy(self.model._last_obs)
 
     def _on_period(self) -> None:
-        # what is asked of the agent takes nothing from the random numbers of training
-        with th.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
-            self._log()
-
-    def _log(self) -> None:
         model, logger = self.model, self.logger
         assert isinstance(model, SoftQ)
         n_modes = np.array([len(modes) for modes in model.modes(self.states)[0]])

@@ -15,7 +15,7 @@ from sb3_softq.faults import CheckedDummyVecEnv, failed_index
 
 try:
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError
+    from ray.exceptions import GetTimeoutError, RayActorError, RayError
 except ImportError as error:
     raise ImportError('sb3_softq.vec_env needs Ray: pip install "sb3-softq[ray]"') from error
 
@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 #: How often starting an actor again is tried
 START_ATTEMPTS = 3
+# Seconds that an answer may take that is ready, from another machine
+TRANSFER_TIMEOUT = 1.0
+# Seconds until an actor that is to end its environments is killed
+CLOSE_TIMEOUT = 60.0
 
 
 class EnvWorker:
@@ -215,10 +219,11 @@ class RayVecEnv(VecEnv):
         return self._actor_class.remote([self.env_fns[i] for i in share], int(share[0]))
 
     def _wait(self, ref: Any) -> Any:
-        """For an answer: of actors that were asked at once, each has the time that is left."""
+        """For an answer: of actors that were asked at once, each has the time that is left, and that to bring it here."""
         if self.timeout is None:
             return ray.get(ref)
-        return ray.get(ref, timeout=max(0.0, self._asked_at + self.timeout - time.monotonic()))
+        left = self._asked_at + self.timeout - time.monotonic()
+        return ray.get(ref, timeout=max(left, min(self.timeout, TRANSFER_TIMEOUT)))
 
     def _wait_for_start(self, actor: Any) -> Any:
         try:
@@ -284,8 +289,9 @@ class RayVecEnv(VecEnv):
         # Ray may have been shut down, with all actors
         if ray.is_initialized():
             for actor in self._actors:
-                with suppress(RayActorError, GetTimeoutError):
-                    ray.get(actor.call.remote("close"), timeout=self.timeout)
+                # whatever one raises, or if it hangs, the others are ended too
+                with suppress(RayError):
+                    ray.get(actor.call.remote("close"), timeout=self.timeout or CLOSE_TIMEOUT)
                 ray.kill(actor)
 
     # ------------------------------------------------------------------ questions to the environments

@@ -16,7 +16,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
-from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.sac.policies import SACPolicy
@@ -276,6 +276,17 @@ def test_keyword_arguments_that_are_handed_on(algorithm, name, kwargs):
 )
 def test_action_noise_that_does_not_fit(noise):
     refused("action_noise", noise)
+
+
+def test_action_noise_of_a_loaded_agent(tmp_path):
+    """One that does not fit is refused, that of as many environments as the agent had is not."""
+    noise = NormalActionNoise(np.zeros(1), np.full(1, 0.1))
+    model = SoftQ("MlpPolicy", make_vec_env("Pendulum-v1", n_envs=3), action_noise=VectorizedActionNoise(noise, 3))
+    model.learn(6)
+    model.save(tmp_path / "agent")
+    assert SoftQ.load(tmp_path / "agent").action_noise.n_envs == 3
+    with pytest.raises(ValueError, match=r"action_noise=.* is not allowed: it must be .* of the shape \(1,\)"):
+        SoftQ.load(tmp_path / "agent", action_noise=NormalActionNoise(np.zeros(3), np.ones(3)))
 
 
 @pytest.mark.parametrize("sigma", [np.ones(2), np.ones(1)])

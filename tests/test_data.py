@@ -473,6 +473,26 @@ def test_data_of_an_agent(n_envs, buffer_size, kwargs):
     assert other.logged_data.size() == len(expected)
 
 
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("n_steps", [1, 11])
+def test_pieces_of_one_step(n_steps, length):
+    """Episodes of one step, and one that has just begun."""
+
+    class Short(RandomEnv):
+        def reset(self, **kw):
+            self.n = 0
+            return super().reset(**kw)
+
+        def step(self, action):
+            self.n += 1
+            obs, reward, *_, info = super().step(action)
+            return obs, reward, self.n == length, False, info
+
+    model = small(env=Short(ACTIONS), learning_starts=0).learn(n_steps)
+    lengths = [len(trajectory.rewards) for trajectory in from_agent(model)]
+    assert lengths == [length] * (n_steps // length) + [n_steps % length] * (n_steps % length > 0)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "policy", "env"),
     [

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import pickle
+import re
 import signal
 import threading
 import time
@@ -179,24 +181,65 @@ def test_faults_of_steps(tmp_path, fault, discrete):
     assert model.num_timesteps == model.replay_buffer.size() * 2 == 2 * (BAD_STEP - 1) + 20
 
 
+class OutOfReachError(Exception):
+    """An error of somebody's own, with arguments and a text of its own."""
+
+    def __init__(self, joint, angle):
+        super().__init__(joint, angle)
+        self.joint, self.angle = joint, angle
+
+    def __str__(self):
+        return f"mine: {self.joint} at {self.angle}"
+
+
 @pytest.mark.parametrize(
-    ("raised", "kind"),
-    [(ValueError, ValueError), (AssertionError, AssertionError), (FloatingPointError, FaultyEnvironmentError)],
+    "raised",
+    [
+        ValueError("mine"),
+        AssertionError("mine"),
+        FloatingPointError("mine"),
+        RuntimeError("mine"),
+        Exception("mine"),
+        KeyError("mine"),
+        OSError(5, "mine"),
+        UnicodeDecodeError("utf-8", b"x", 0, 1, "mine"),
+        OutOfReachError("elbow", 1.5),
+        FaultyEnvironmentError("mine"),
+    ],
+    ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("algorithm", [SoftQ, SAC])
-def test_what_an_environment_raises_can_be_caught_as_with_sac(algorithm, raised, kind, monkeypatch):
+def test_what_an_environment_raises_can_be_caught_as_with_sac(algorithm, raised, monkeypatch):
     """The RL Zoo does: it prunes a trial of a search."""
 
     def fault(obs, reward):
-        raise raised("mine")
+        raise raised
 
     monkeypatch.setitem(FAULTS, "raises", fault)
-    with pytest.raises(raised if algorithm is SAC else kind, match="mine") as error:
+    with pytest.raises(type(raised), match="mine") as error:
         agent(environments("raises"), algorithm).learn(200)
     if algorithm is SoftQ:
         assert isinstance(error.value, FaultyEnvironmentError)
-        assert isinstance(error.value.__cause__, raised)
-        assert isinstance(error.value, ValueError) == (raised is ValueError)
+        assert error.value.__cause__ is raised
+        assert isinstance(error.value, ValueError) == isinstance(raised, ValueError)
+        assert re.search(rf"^Environment 1 failed at step \d+: {type(raised).__name__}: .*mine", str(error.value))
+        # as processes and Ray send it
+        again = pickle.loads(pickle.dumps(error.value))
+        assert isinstance(again, FaultyEnvironmentError)
+        assert str(again) == str(error.value)
+
+
+class SealedError(Exception):
+    """One that nothing can be derived from."""
+
+    def __init_subclass__(cls):
+        raise TypeError
+
+
+def test_an_error_that_no_other_can_be_like():
+    error = FaultyEnvironmentError.like(SealedError(), "why")
+    assert type(error) is FaultyEnvironmentError
+    assert str(error) == "why"
 
 
 class Formed(gym.Env):

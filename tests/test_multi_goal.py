@@ -4,6 +4,7 @@ import gymnasium as gym
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch as th
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,8 @@ from tests.conftest import small
 
 class Towards:
     """Stands in for an agent: walks straight to the nearest goal, from the centre to each in turn."""
+
+    device = th.device("cpu")
 
     def __init__(self, goals):
         self.goals = np.array(goals, dtype=np.float64)
@@ -213,9 +216,23 @@ def test_plot_callback(tmp_path):
         return figure
 
     callback = PlotCallback(draw, tmp_path / "frames", freq=10)
-    SAC("MlpPolicy", "sb3_softq/MultiGoal-v0", learning_starts=100).learn(35, callback)
+    SAC("MlpPolicy", "sb3_softq/MultiGoal-v0", learning_starts=5).learn(35, callback)
     assert [path.name for path in callback.frames] == [f"frame_{step:08d}.png" for step in (10, 20, 30)]
     assert iio.imread(tmp_path / "frames" / "animation.gif").shape == (3, 200, 200, 3)
+
+
+@pytest.mark.parametrize("name", ["PlotCallback", "GoalCallback"])
+def test_who_watches_changes_nothing(tmp_path, name):
+    def draw(model):
+        model.sample_actions(np.zeros(2, dtype=np.float32), 10)
+        return new_figure(2, 2)[0]
+
+    watching = PlotCallback(draw, tmp_path, freq=10) if name == "PlotCallback" else GoalCallback(MultiGoalEnv(), 10, 3)
+    weights = []
+    for callback in (None, watching):
+        model = small(env="sb3_softq/MultiGoal-v0", learning_starts=5).learn(35, callback)
+        weights.append(th.cat([parameter.flatten() for parameter in model.policy.parameters()]))
+    assert th.equal(*weights)
 
 
 @pytest.mark.parametrize("kwargs", [{"freq": 0}, {"freq": 1.5}, {"fps": 0}])

@@ -9,10 +9,12 @@ import torch as th
 from gymnasium.wrappers import TransformReward
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stable_baselines3 import HerReplayBuffer
+from hypothesis.extra.numpy import arrays
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_softq import SoftQ
 from sb3_softq.data import from_agent
@@ -249,6 +251,68 @@ def test_parameters_of_another_agent_keep_their_unit(tmp_path):
     fresh, other = small(env="Pendulum-v1"), small(env="Pendulum-v1", seed=1)
     other.set_parameters(fresh.get_parameters())
     assert other.returns.largest == 0.0
+
+
+def test_parameters_of_an_imitation_have_no_unit():
+    """Its critics have learned nothing: rewards that are small here were lost in the unit 1 of a scale that saw none."""
+    data = list(from_agent(small(env="Pendulum-v1", learning_starts=100).learn(100)))
+    imitation = small(env="Pendulum-v1").set_data(data).clone_behaviour(2)
+    assert imitation.critic.return_scale.item() == 1.0
+    other = small(env="Pendulum-v1", seed=1)
+    other.set_parameters(imitation.get_parameters())
+    assert other.returns.largest == 0.0
+    # one that has learned, and imitates after that, has one
+    imitation.learn(100).clone_behaviour(2)
+    other.set_parameters(imitation.get_parameters())
+    assert other.returns.value == pytest.approx(imitation.critic.return_scale.item())
+
+
+@settings(deadline=None)
+@given(
+    rewards=arrays(np.float64, st.tuples(st.integers(1, 30), st.integers(1, 3)), elements=st.floats(-1e6, 1e6)),
+    seed=st.integers(0, 2**32 - 1),
+    n_more=st.integers(0, 10),
+    bonus=st.floats(-10, 10),
+)
+def test_a_buffer_is_taken_in_as_its_steps_are(rewards, seed, n_more, bonus):
+    """From the oldest on, where it has gone round too."""
+    n_steps, n_envs = rewards.shape
+    rng = np.random.default_rng(seed)
+    size = max(n_steps - n_more, 1)
+    box = gym.spaces.Box(-1, 1, (1,))
+    buffer = ReplayBuffer(size * n_envs, box, box, n_envs=n_envs)
+    steps = ReturnScale()
+    for i, reward in enumerate(rewards):
+        dones, limits = rng.random((2, n_envs)) < 0.3
+        zero = np.zeros((n_envs, 1))
+        buffer.add(zero, zero, zero, reward, dones, [{"TimeLimit.truncated": bool(limit)} for limit in limits])
+        if i >= n_steps - size:
+            steps.observe(reward.astype(np.float32) + bonus, dones & ~limits, 0.9)
+    whole = ReturnScale()
+    whole.observe_buffer(buffer, 0.9, bonus)
+    assert whole.count == steps.count
+    assert whole.running == []
+    for name in ("mean", "largest"):
+        assert getattr(whole, name) == pytest.approx(getattr(steps, name), rel=1e-6, abs=1e-6)
+    assert whole.value == pytest.approx(steps.value, rel=1e-5)
+
+
+class FloatDones(VecEnvWrapper):
+    """A simulator of many environments that says with numbers whose episodes have ended."""
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return obs, rewards, dones.astype(np.float32), infos
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, SAC])
+def test_ends_that_are_numbers(algorithm):
+    env = FloatDones(make_vec_env("Pendulum-v1", n_envs=2))
+    model = algorithm("MlpPolicy", env, learning_starts=100, policy_kwargs=dict(net_arch=[8]), device="cpu").learn(500)
+    assert model.replay_buffer.dones.sum() == 2
 
 
 def test_saved_and_loaded(tmp_path):

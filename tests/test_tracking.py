@@ -126,7 +126,7 @@ def test_videos_are_of_normalised_observations(tmp_path):
     callback = PolicyCallback(freq=1, video_env=MultiGoalEnv(render_mode="rgb_array"), video_length=2)
     callback.init_callback(model)
     callback.on_training_start({}, {})
-    callback._log()
+    callback._on_period()
     start = MultiGoalEnv().reset(seed=0)[0]
     assert any(np.allclose(obs, venv.normalize_obs(start)) for obs in seen)
 

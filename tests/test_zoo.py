@@ -81,6 +81,14 @@ def test_enjoy(logs):
     assert "Mean reward: -" in output
 
 
+def test_who_only_acts_has_no_replay_buffer(logs):
+    """As enjoy and record_video load the RL Zoo's own agents; training that goes on has it."""
+    path = logs / "softq" / "Pendulum-v1_1" / "Pendulum-v1.zip"
+    acts, learns = ZooSoftQ.load(path, custom_objects={}, device="cpu"), ZooSoftQ.load(path, device="cpu")
+    assert acts.replay_buffer.buffer_size == 1
+    assert learns.replay_buffer.buffer_size == learns.buffer_size > 1000
+
+
 @pytest.fixture
 def strangers(logs, tmp_path):
     """The same agent in a folder of somebody else, whose zip runs code where it is unpickled."""

@@ -41,6 +41,9 @@ class ZooSoftQ(SoftQ):
     @classmethod
     def load(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load whichever of the two the file holds, or which fits the environment if the file is not trusted."""
+        if "custom_objects" in kwargs:
+            # enjoy and record_video, where the RL Zoo spares its own algorithms the replay buffer of training
+            kwargs = {"buffer_size": 1} | kwargs
         if untrusted.state.distrusts:
             env = kwargs.setdefault("env", untrusted.state.env)
             algorithm = DiscreteSoftQ if env is not None and isinstance(env.action_space, spaces.Discrete) else SoftQ
