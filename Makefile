@@ -15,13 +15,13 @@ lint: ## ruff
 type: ## mypy
 	mypy
 
-pytest: ## tests, one worker per core with one torch thread each; shows the slowest ten
+pytest: ## tests, two workers with one torch thread each; shows the slowest ten
 	OMP_NUM_THREADS=1 pytest -n 2 --durations=10
 
 pytest-slow: ## tests that learn for minutes
 	OMP_NUM_THREADS=1 pytest -n 2 -m slow
 
-commit-checks: lint type pytest ## all that CI runs
+commit-checks: lint type pytest ## what CI runs before make package
 
 package: ## wheel and sdist, and a training with the wheel alone in a fresh environment
 	.ci/package
