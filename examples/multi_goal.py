@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cooling import Cooling
 from finished import table
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_softq import SoftQ
-from sb3_softq.annealing import FACTOR, PART_OF_TRAINING
 from sb3_softq.callbacks import PlotCallback
 from sb3_softq.envs import MultiGoalEnv
 from sb3_softq.envs.multi_goal import roll_out
@@ -28,10 +25,8 @@ OUT = Path(__file__).parent / "results" / "multi_goal.png"
 ENV = "sb3_softq/MultiGoal-v0"
 # The defaults, but for the paper's temperature, and batches that take half of the time
 SETTINGS: dict[str, Any] = dict(ent_coef=10.0, batch_size=64, buffer_size=100_000, device="cpu")
-# the learning rate of SoftQ, and target networks that keep up with it
-OF_SAC: dict[str, Any] = dict(learning_rate=LinearSchedule(1e-3, 3e-4, 1.0), tau=0.01)
-# SoftQ's own annealing of a fixed temperature, for SAC
-COOLING = LinearSchedule(FACTOR * SETTINGS["ent_coef"], SETTINGS["ent_coef"], PART_OF_TRAINING)
+# as fast as SoftQ begins, and its target networks after it
+OF_SAC: dict[str, Any] = dict(learning_rate=1e-3, tau=0.01)
 STATES = ((0.0, 0.0), (2.5, 2.5), (-2.5, 0.0))
 # In the way to a goal, from the centre
 WALLS = ((2.5, -2.0, 3.5, 2.0), (-3.5, -2.0, -2.5, 2.0), (-2.0, 2.5, 2.0, 3.5), (-2.0, -3.5, 2.0, -2.5))
@@ -64,7 +59,7 @@ def main() -> None:
             first = seed == args.seeds[0]
             callback = PlotCallback(draw_rollouts, args.frames, max(args.steps // 20, 1)) if first and args.frames else None
             softq = SoftQ("MlpPolicy", ENV, **SETTINGS, seed=seed).learn(args.steps, callback)
-            sac = SAC("MlpPolicy", ENV, **SETTINGS, **OF_SAC, seed=seed).learn(args.steps, Cooling(COOLING))
+            sac = SAC("MlpPolicy", ENV, **SETTINGS, **OF_SAC, seed=seed).learn(args.steps)
             for name, model in (("SoftQ", softq), ("SAC", sac)):
                 counts = goal_counts(model, MultiGoalEnv())
                 success = goal_counts(model, behind_wall(counts)).sum() / 200

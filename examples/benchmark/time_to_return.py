@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 SPEED_TABLE = Path(__file__).parent / "results" / "speed_table.csv"
 # Row of the speed table by label. The results of softq were trained with compile=True; no row has the settings of "original"
-SPEED_ROWS = {"softq": "SoftQ, compiled", "sac": "SAC", "td3": "TD3", "tqc": "TQC"}
+SPEED_ROWS = {"softq": "SoftQ, compiled", "sac": "SAC", "td3": "TD3", "tqc": "TQC", "crossq": "CrossQ"}
 COLUMNS = ("environment", "label", "threshold", "return", "steps", "minutes", "n_seeds")
 
 
