@@ -36,9 +36,13 @@ class FaultyEnvironmentError(RuntimeError):
         :return: An error of both classes, where there can be one
         """
         try:
-            return type(cls.__name__, (cls, type(error)), {})(message)
+            kind: Any = type(cls.__name__, (cls, type(error)), {})
+            # without the other class's __init__, which may want other arguments
+            alike: FaultyEnvironmentError = kind.__base__.__new__(kind)
         except TypeError:
             return cls(message)
+        alike.args = (message,)
+        return alike
 
     def __str__(self) -> str:
         # not that of the other class

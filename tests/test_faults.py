@@ -192,6 +192,17 @@ class OutOfReachError(Exception):
         return f"mine: {self.joint} at {self.angle}"
 
 
+class SimulatorError(RuntimeError):
+    """The same of a class that the explaining one has too."""
+
+    def __init__(self, code, *, text):
+        super().__init__(code)
+        self.text = text
+
+    def __str__(self):
+        return self.text
+
+
 @pytest.mark.parametrize(
     "raised",
     [
@@ -204,6 +215,7 @@ class OutOfReachError(Exception):
         OSError(5, "mine"),
         UnicodeDecodeError("utf-8", b"x", 0, 1, "mine"),
         OutOfReachError("elbow", 1.5),
+        SimulatorError(3, text="mine"),
         FaultyEnvironmentError("mine"),
     ],
     ids=lambda error: type(error).__name__,
