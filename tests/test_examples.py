@@ -86,7 +86,7 @@ def test_interrupt_and_resume(tmp_path):
     # a run of before, to be kept
     (tmp_path / "model.zip").write_text("precious")
     with subprocess.Popen(
-        [*TRAIN, "--steps", "100000", "--out", str(tmp_path)],
+        [*TRAIN, "--steps", "100000", "--out", str(tmp_path), "--seed", "7"],
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
@@ -103,7 +103,7 @@ def test_interrupt_and_resume(tmp_path):
     steps = steps_done(tmp_path / "checkpoints")
     assert steps > 0
     assert f"Interrupted at step {steps}" in output
-    assert f"--out {tmp_path} --steps 100000 --resume" in output
+    assert f"--out {tmp_path} --steps 100000 --seed 7 --resume" in output
     assert SoftQ.load(tmp_path / "model.zip").num_timesteps == steps
     assert (tmp_path / "learning_curve.png").exists()
     assert (tmp_path / "earlier-1" / "model.zip").read_text() == "precious"
