@@ -84,7 +84,8 @@ class ReturnScale:
         first = buffer.pos if buffer.full else 0
         rows = np.arange(first, first + buffer.size()) % buffer.buffer_size
         returns = buffer.rewards[rows].astype(np.float64) + bonus  # (n_rows, n_envs)
-        weights = gamma * (1.0 - buffer.dones[rows] * (1.0 - buffer.timeouts[rows]))
+        goes_on = 1.0 - buffer.dones[rows] * (1.0 - buffer.timeouts[rows])
+        weights = gamma * goes_on.astype(np.float64)
         for row in range(1, len(rows)):
             returns[row] += weights[row - 1] * returns[row - 1]
         self._take_in(returns)
