@@ -209,8 +209,7 @@ class SoftQPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """A sample; or argmax Q, the mode of exp(Q / alpha) / Z, over fixed particles, as for Discrete actions."""
-        if not deterministic or self.n_averaged in (0.0, MATURE):
-            # critics that have not taught the actor know nothing of its actions
+        if not (deterministic and self.is_taught):
             return self.ema_actor(observation, deterministic)
         actions = th.tanh(self.ema_actor.fixed_particles(observation))
         q_values = self.critic.q_values(self.critic.features(observation), actions).amin(dim=0)
@@ -244,6 +243,11 @@ class SoftQPolicy(BasePolicy):
     def averaged_actor(self) -> SamplingActor:
         """``ema_actor`` by its name in release 0.1.0."""
         return self.ema_actor
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether the critics know of the actor's actions: they have taught it, and nobody else has written into it since."""
+        return self.n_averaged not in (0.0, MATURE)
 
     def update_ema_actor(self, tau: float) -> None:
         """

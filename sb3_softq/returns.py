@@ -16,7 +16,7 @@ from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_flag
 from sb3_softq.critic import ParticleCritic
 from sb3_softq.data import Trajectory
-from sb3_softq.policies import MATURE, SoftQPolicy
+from sb3_softq.policies import SoftQPolicy
 
 # The largest return that has been seen is at most so many times the scale (SimbaV2)
 LARGEST_RETURN = 5.0
@@ -62,12 +62,12 @@ class ReturnScale:
         self._take_in(returns)
 
     def _take_in(self, returns: np.ndarray) -> None:
-        """Discounted returns, of any shape."""
-        self.largest = max(self.largest, float(np.abs(returns).max(initial=0.0)))
-        # of the parallel algorithm for the variance
+        """Discounted returns, of any shape; none of an empty buffer."""
         n, total = returns.size, self.count + returns.size
         if n == 0:
             return
+        self.largest = max(self.largest, float(np.abs(returns).max()))
+        # of the parallel algorithm for the variance
         delta = float(returns.mean()) - self.mean
         self.var += (n * (float(returns.var()) - self.var) + delta**2 * self.count * n / total) / total
         self.mean += delta * n / total
@@ -175,10 +175,10 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         super().set_parameters(load_path_or_dict, exact_match, device)
-        has_learned = self.policy.n_averaged not in (0.0, MATURE) or self.critic.return_scale.item() != 1.0
-        if not self._awaits_parameters and has_learned:
-            # what they have learned is in units of their scale; an actor that was only given, or cloned, has none
-            self.returns.at_least(self.critic.return_scale.item() * self._reward_unit())
+        scale = self.critic.return_scale.item()
+        if not self._awaits_parameters and (self.policy.is_taught or scale != 1.0):
+            # what they have learned is in units of their scale; critics of an actor that has only imitated have none
+            self.returns.at_least(scale * self._reward_unit())
         self._awaits_parameters = False
 
     def set_data(self, trajectories: Iterable[Trajectory] | None, share: float = 0.5) -> Self:
