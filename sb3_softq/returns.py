@@ -174,12 +174,29 @@ class ScaledReturns(MaximumEntropyAlgorithm):
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        params = self._read_parameters(load_path_or_dict, device)
+        self._check_units(dict(params.get("policy", {})))
+        super().set_parameters(params, exact_match, device)
         scale = self.critic.return_scale.item()
         if not self._awaits_parameters and (self.policy.is_taught or scale != 1.0):
             # what they have learned is in units of their scale; critics of an actor that has only imitated have none
             self.returns.at_least(scale * self._reward_unit())
         self._awaits_parameters = False
+
+    def _check_units(self, given: TensorDict) -> None:
+        """Weights of critics count in units of a scale or in the environment's, and have as many outputs as bins."""
+        bias = f"critic.layers.{len(self.critic.layers) - 1}.bias"
+        n_bins = given[bias].shape[-1] if bias in given else self.critic.n_bins
+        has_scale = n_bins > 1 or float(given.get("critic.return_scale", 1.0)) != 1.0
+        if has_scale and not self.normalize_rewards:
+            raise ValueError(
+                "normalize_rewards=False is not allowed: the weights are those of critics that were trained with True"
+            )
+        if n_bins != self.critic.n_bins:
+            raise ValueError(
+                f"n_bins={self.critic.n_bins} is not allowed: with the weights of these critics it must be {n_bins}, as "
+                "in their training" + (" (normalize_rewards=False has 1)" if n_bins == 1 else "")
+            )
 
     def set_data(self, trajectories: Iterable[Trajectory] | None, share: float = 0.5) -> Self:
         super().set_data(trajectories, share)

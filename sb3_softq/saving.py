@@ -117,4 +117,10 @@ class SafelySaved(OffPolicyAlgorithm):
             custom_objects = objects_without_unpickling(cls, path, vec_env, custom_objects or {}, kwargs, cls.plain_objects)
             at_most = NoMoreNumbers(path, n_bytes(path))
         with at_most:
-            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            try:
+                return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            except KeyError as error:
+                # Stable-Baselines3 takes any ValueError of set_parameters for that of an old DQN, and looks for its optimizer
+                if isinstance(error.__context__, ValueError):
+                    raise error.__context__ from None
+                raise

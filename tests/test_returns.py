@@ -253,6 +253,25 @@ def test_parameters_of_another_agent_keep_their_unit(tmp_path):
     assert other.returns.largest == 0.0
 
 
+@pytest.mark.parametrize("suffix", ["zip", "safetensors"])
+@pytest.mark.parametrize(
+    ("saved", "asked", "message"),
+    [
+        ({}, False, r"normalize_rewards=False is not allowed: the weights are those of critics that were trained with True"),
+        ({"policy_kwargs": {"net_arch": [8], "n_bins": 1}}, False, r"normalize_rewards=False is not allowed: the weights"),
+        ({"normalize_rewards": False}, True, r"n_bins=101 is not allowed: with the weights of these critics it must be 1,"),
+    ],
+)
+def test_weights_keep_the_units_that_they_were_trained_in(tmp_path, saved, asked, message, suffix):
+    model = small(**saved).learn(60)
+    model.save(tmp_path / f"agent.{suffix}")
+    with pytest.raises(ValueError, match=message):
+        SoftQ.load(tmp_path / f"agent.{suffix}", normalize_rewards=asked)
+    with pytest.raises(ValueError, match=message):
+        small(**saved | {"normalize_rewards": asked}).set_parameters(tmp_path / f"agent.{suffix}")
+    assert SoftQ.load(tmp_path / f"agent.{suffix}").normalize_rewards is not asked
+
+
 def test_parameters_of_an_imitation_have_no_unit():
     """Its critics have learned nothing: rewards that are small here were lost in the unit 1 of a scale that saw none."""
     data = list(from_agent(small(env="Pendulum-v1", learning_starts=100).learn(100)))
