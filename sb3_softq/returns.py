@@ -131,6 +131,8 @@ class ScaledReturns(MaximumEntropyAlgorithm):
     plain_objects: ClassVar[dict[str, type]] = {"returns": ReturnScale}
     # for agents of release 0.1.0, whose critics predict a number
     has_histograms = False
+    # That of the agent as it was made, which load() cannot change; None for agents that were saved without it
+    _was_normalized: bool | None = None
     # load() has set the returns, and sets the parameters that belong to them
     _awaits_parameters = False
     # Whether a replay buffer was loaded that is to be taken in
@@ -158,6 +160,13 @@ class ScaledReturns(MaximumEntropyAlgorithm):
             self.normalize_rewards = False
         super()._check_arguments()
         check_flag("normalize_rewards", self.normalize_rewards)
+        if not self._is_loaded:
+            self._was_normalized = bool(self.normalize_rewards)
+        elif self._was_normalized not in (None, self.normalize_rewards):
+            raise ValueError(
+                f"normalize_rewards={self.normalize_rewards} is not allowed: it must be {self._was_normalized}, as it was when "
+                "saved, whose units the critics have"
+            )
         if not self.normalize_rewards and self.policy_kwargs.get("n_bins", 1) != 1:
             raise ValueError(
                 f"n_bins={self.policy_kwargs['n_bins']!r} is not allowed with normalize_rewards=False, which has no scale "
@@ -175,7 +184,7 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         params = self._read_parameters(load_path_or_dict, device)
-        self._check_units(dict(params.get("policy", {})))
+        self._check_bins(dict(params.get("policy", {})))
         super().set_parameters(params, exact_match, device)
         scale = self.critic.return_scale.item()
         if not self._awaits_parameters and (self.policy.is_taught or scale != 1.0):
@@ -183,19 +192,15 @@ class ScaledReturns(MaximumEntropyAlgorithm):
             self.returns.at_least(scale * self._reward_unit())
         self._awaits_parameters = False
 
-    def _check_units(self, given: TensorDict) -> None:
-        """Weights of critics count in units of a scale or in the environment's, and have as many outputs as bins."""
-        bias = f"critic.layers.{len(self.critic.layers) - 1}.bias"
-        n_bins = given[bias].shape[-1] if bias in given else self.critic.n_bins
-        has_scale = n_bins > 1 or float(given.get("critic.return_scale", 1.0)) != 1.0
-        if has_scale and not self.normalize_rewards:
+    def _check_bins(self, given: TensorDict) -> None:
+        """The critics whose weights are given must have as many outputs as those here."""
+        if not isinstance(self.critic, ParticleCritic):
+            return  # of a policy with critics of its own
+        bias = given.get(f"critic.layers.{len(self.critic.layers) - 1}.bias")
+        if isinstance(bias, th.Tensor) and bias.shape[-1] != self.critic.n_bins:
             raise ValueError(
-                "normalize_rewards=False is not allowed: the weights are those of critics that were trained with True"
-            )
-        if n_bins != self.critic.n_bins:
-            raise ValueError(
-                f"n_bins={self.critic.n_bins} is not allowed: with the weights of these critics it must be {n_bins}, as "
-                "in their training" + (" (normalize_rewards=False has 1)" if n_bins == 1 else "")
+                f"n_bins={self.critic.n_bins} with normalize_rewards={self.normalize_rewards} is not allowed: with the weights "
+                f"of these critics n_bins must be {bias.shape[-1]}"
             )
 
     def set_data(self, trajectories: Iterable[Trajectory] | None, share: float = 0.5) -> Self:
