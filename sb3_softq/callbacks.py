@@ -3,14 +3,15 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_softq.checks import check_integer
+from sb3_softq.checks import check_integer, check_type
 from sb3_softq.envs.multi_goal import MultiGoalEnv, roll_out
 from sb3_softq.plots import load_imageio
 
@@ -38,8 +39,7 @@ class PeriodicCallback(BaseCallback):
 
     def __init__(self, freq: int):
         super().__init__()
-        check_integer("freq", freq, 1)
-        self.freq = freq
+        self.freq = check_integer("freq", freq, 1)
         self._next = 0
 
     def _on_training_start(self) -> None:
@@ -75,12 +75,11 @@ class PlotCallback(PeriodicCallback):
 
     def __init__(self, draw: Callable[[BaseAlgorithm], "Figure"], folder: str | Path, freq: int = 1000, fps: int = 5):
         super().__init__(freq)
-        check_integer("fps", fps, 1)
+        self.fps = check_integer("fps", fps, 1)
         # before training, not after it
         load_imageio()
         self.draw = draw
         self.folder = Path(folder)
-        self.fps = fps
         self.frames: list[Path] = []
 
     def _on_training_start(self) -> None:
@@ -105,17 +104,17 @@ class GoalCallback(PeriodicCallback):
     them; ``multi_goal/entropy``, of the histogram over the goals in nats, log(number of goals) if they are equally frequent;
     ``multi_goal/success_rate``, share of the rollouts that reach one.
 
-    :param env: Goals and obstacles
+    :param env: Goals and obstacles, a ``MultiGoalEnv`` or what ``gymnasium.make`` wraps around it
     :param freq: Steps between two measurements
     :param n_rollouts: Number of rollouts from the centre
-    :raises ValueError: if ``freq`` or ``n_rollouts`` is not an integer >= 1
+    :raises ValueError: if ``freq`` or ``n_rollouts`` is not an integer >= 1, or ``env`` is another environment
     """
 
-    def __init__(self, env: MultiGoalEnv, freq: int = 1000, n_rollouts: int = 100):
+    def __init__(self, env: gym.Env[Any, Any], freq: int = 1000, n_rollouts: int = 100):
         super().__init__(freq)
-        check_integer("n_rollouts", n_rollouts, 1)
-        self.env = env
-        self.n_rollouts = n_rollouts
+        self.n_rollouts = check_integer("n_rollouts", n_rollouts, 1)
+        check_type("env", env.unwrapped, (MultiGoalEnv,), "a MultiGoalEnv", optional=False)
+        self.env = cast(MultiGoalEnv, env.unwrapped)
 
     def _on_period(self) -> None:
         goals = roll_out(self.model, self.env, self.n_rollouts)[1]

@@ -22,7 +22,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_softq import manifest
-from sb3_softq.checks import check_integer
+from sb3_softq.checks import check_choice, check_integer, check_type
 from sb3_softq.disk import check_writable, is_of_the_disk, not_saved, sync
 from sb3_softq.episodes import restore_environments, save_environments
 from sb3_softq.finite import DivergedError, check_parameters
@@ -95,11 +95,11 @@ class ResumableCheckpoint(BaseCallback):
     def __init__(self, save_freq: int, path: str | Path, keep: int = 2, on_disk_error: str = "raise"):
         super().__init__()
         self.save_freq = check_integer("save_freq", save_freq, 1)
+        check_type("path", path, (str, Path), "a path", optional=False)
         # an environment may change the working directory
         self.path = Path(path).absolute()
         self.keep = check_integer("keep", keep, 1)
-        if on_disk_error not in ("raise", "continue"):
-            raise ValueError(f'on_disk_error={on_disk_error!r} is not allowed: it must be "raise" or "continue"')
+        check_choice("on_disk_error", on_disk_error, ("raise", "continue"))
         self.on_disk_error = on_disk_error
         self._saved_at = 0
         self._tried_at = 0
@@ -112,6 +112,11 @@ class ResumableCheckpoint(BaseCallback):
         self._position: int | None = None
         # what the last save has raised
         self._failure: BaseException | None = None
+
+    def _init_callback(self) -> None:
+        check_type(
+            "model", self.model, (OffPolicyAlgorithm,), "an off-policy algorithm, which has a replay buffer", optional=False
+        )
 
     def _on_training_start(self) -> None:
         self._saved_at = self._tried_at = self.model.num_timesteps
@@ -376,11 +381,11 @@ def _restore_vec_normalize(statistics: Path, env: VecEnv) -> VecEnv:
     if vec_normalize is None:
         return load(env)
     saved = load(vec_normalize.venv)
-    if vec_normalize.norm_obs != saved.norm_obs:
-        raise ValueError(
-            f"VecNormalize(norm_obs={vec_normalize.norm_obs!r}) is not allowed: "
-            f"it must be {saved.norm_obs!r}, as in the checkpoint"
-        )
+    # names of a Dict, in any order
+    for name, plain in (("norm_obs", bool), ("norm_obs_keys", lambda keys: keys and sorted(keys))):
+        here, there = (plain(getattr(wrapper, name)) for wrapper in (vec_normalize, saved))
+        if here != there:
+            raise ValueError(f"VecNormalize({name}={here!r}) is not allowed: it must be {there!r}, as in the checkpoint")
     for name in ("clip_obs", "clip_reward", "gamma", "epsilon", "norm_reward"):
         setattr(vec_normalize, name, getattr(saved, name))
     vec_normalize.ret_rms = saved.ret_rms

@@ -42,8 +42,8 @@ class BehaviourCloning(MaximumEntropyAlgorithm):
         """
         if self.actor.smoothing == "none":
             raise ValueError("smoothing='none' is not allowed for clone_behaviour: it must be 'learned' or 'local'")
-        check_integer("n_updates", n_updates, 1)
-        check_integer("log_interval", log_interval, 1)
+        n_updates = check_integer("n_updates", n_updates, 1)
+        log_interval = check_integer("log_interval", log_interval, 1)
         self._begin_offline("clone")
         assert self.logged_data is not None
         self.policy.set_training_mode(True)

@@ -10,7 +10,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
@@ -135,7 +134,7 @@ def compose(
     :param agents: Two or more, trained on the same spaces at the same temperature, with their replay buffers (after loading:
         ``load_replay_buffer``)
     :param weights: Weight of each agent's Q, 1 by default
-    :param gradient_steps: Number of updates of the actor
+    :param gradient_steps: Number of gradient steps, of which every ``policy_delay``-th updates the actor
     :param env: Environment of the composed agent, or its id (default: the first agent's, None if it has none), without
         VecNormalize
     :param kwargs: Arguments of :class:`SoftQ`, such as ``learning_rate``, ``batch_size``, ``seed``; ``ent_coef`` if it shall
@@ -146,20 +145,23 @@ def compose(
     agents = list(agents)
     weights = [1.0] * len(agents) if weights is None else list(weights)
     _check_agents(agents, weights, with_temperature="ent_coef" not in kwargs)
-    check_integer("gradient_steps", gradient_steps, 1)
+    gradient_steps = check_integer("gradient_steps", gradient_steps, 1)
     first = agents[0]
     env = first.get_env() if env is None else maybe_make_env(env, 0)
     if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
         raise ValueError(f"env={env!r} is not allowed: it must be without VecNormalize, as the agents are")
-    for name in _OF_THE_BUFFER & kwargs.keys():
-        raise ValueError(f"{name}={kwargs[name]!r} is not allowed: the replay buffer is the union of the agents'")
+    for name, value in kwargs.items():
+        if name in _OF_THE_BUFFER:
+            raise ValueError(f"{name}={value!r} is not allowed: it must be left out, the replay buffer is the agents' union")
+        if name in _OF_THE_CRITICS:
+            raise ValueError(f"{name}={value!r} is not allowed: it must be left out, the critics are given and do not learn")
     buffers: list[ReplayBuffer] = [agent.replay_buffer for agent in agents]  # type: ignore[misc]
     n_envs = env.num_envs if isinstance(env, VecEnv) else 1
 
     members = [(type(agent.policy), agent.policy._get_constructor_parameters()) for agent in agents]
     own = {name: value for name, value in members[0][1].items() if name in _ACTOR_ARGUMENTS}
     own["net_arch"] = dict(pi=first.actor.net_arch, qf=[])
-    policy_kwargs = own | kwargs.pop("policy_kwargs", {}) | dict(members=members, weights=weights)
+    policy_kwargs = own | (kwargs.pop("policy_kwargs", None) or {}) | dict(members=members, weights=weights)
     settings = dict(
         learning_starts=0, ent_coef=float(first.ent_coef_tensor), gamma=first.gamma, device=first.device, seed=first.seed
     )
@@ -185,15 +187,15 @@ def compose(
         scale = sum(abs(weight) * float(agent.critic.return_scale) for weight, agent in zip(weights, agents, strict=True))
         with th.no_grad():
             model.log_ent_coef += math.log(scale or 1.0)
-    model.set_logger(configure(None, []))
-    for step in range(gradient_steps):
-        # schedules run from the first to the last update
-        model._update_current_progress_remaining(step, gradient_steps)
-        model.train(1, model.batch_size)
+    model._begin_log("compose")
+    model._update_offline(gradient_steps, LOG_INTERVAL)
     return model
 
 
+# Write the log after so many updates
+LOG_INTERVAL = 1_000
 _OF_THE_BUFFER = {"buffer_size", "replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage", "n_steps"}
+_OF_THE_CRITICS = {"tau", "target_update_interval", "n_value_particles", "gamma"}
 # What the composed agent takes over from the first one
 _ACTOR_ARGUMENTS = (
     "activation_fn",

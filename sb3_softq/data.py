@@ -133,6 +133,8 @@ def replay_buffer_of(
     :return: The buffer
     :raises ValueError: if a trajectory does not fit the spaces, or is not finite, naming it
     """
+    if isinstance(trajectories, Trajectory):
+        raise ValueError("trajectories=Trajectory(...) is not allowed: it must be a list of them, of one too")
     checked = [_checked(trajectory, i, observation_space, action_space) for i, trajectory in enumerate(trajectories)]
     if not checked:
         raise ValueError("trajectories=[] is not allowed: there must be one at least")
@@ -179,6 +181,8 @@ def _checked(
 ) -> Trajectory:
     """The trajectory as arrays that fit the spaces."""
     name = f"trajectories[{i}]"
+    if not (isinstance(trajectory, tuple) and len(trajectory) == len(Trajectory._fields)):
+        raise ValueError(f"{name} is a {type(trajectory).__name__}: it must be a Trajectory({', '.join(Trajectory._fields)})")
     observations, actions, rewards, terminated = trajectory
     rewards = np.asarray(rewards, dtype=np.float32)
     if rewards.ndim != 1 or len(rewards) == 0:
@@ -194,7 +198,7 @@ def _checked(
         }
     else:
         observations = _checked_observations(observations, observation_space, n, name)
-    actions = np.asarray(actions)
+    actions = _as_stored(np.asarray(actions), action_space)
     if actions.shape != (n, *(action_space.shape or ())):
         raise ValueError(f"{name} has actions of shape {actions.shape}: it must be {(n, *(action_space.shape or ()))}")
     for label, values in (("rewards", rewards), ("actions", actions)):
@@ -222,9 +226,18 @@ def _checked_observations(values: Any, space: spaces.Space[Any], n_steps: int, n
         raise ValueError(
             f"{name} has observations of shape {array.shape}: it must be {(n_steps + 1, *shape)}, one more than it has rewards"
         )
+    array = _as_stored(array, space)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} has observations that are not finite, in step {_first_row(~np.isfinite(array))}")
     return array
+
+
+def _as_stored(array: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
+    """In the precision of the space, in which a number may be infinite."""
+    if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+        return array
+    with np.errstate(over="ignore"):
+        return array.astype(space.dtype, copy=False)
 
 
 def _first_row(wrong: np.ndarray) -> int:

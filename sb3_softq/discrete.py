@@ -1,6 +1,6 @@
 """DiscreteSoftQ: soft Q-learning where the soft value is a sum over the actions, and nothing has to be estimated."""
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -14,10 +14,8 @@ from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPoli
 from typing_extensions import Self
 
 from sb3_softq.base import MaximumEntropyAlgorithm
-from sb3_softq.checks import check_integer
+from sb3_softq.checks import check_integer, check_net_arch, check_network_classes
 from sb3_softq.spaces import check_discrete_action_space
-
-SelfDiscreteSoftQ = TypeVar("SelfDiscreteSoftQ", bound="DiscreteSoftQ")
 
 
 class DiscreteSoftQPolicy(DQNPolicy):
@@ -42,6 +40,8 @@ class DiscreteSoftQPolicy(DQNPolicy):
         super().__init__(observation_space, action_space, lr_schedule, net_arch, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
+        check_net_arch("net_arch", self.net_arch)
+        check_network_classes(self.activation_fn, self.optimizer_class, self.features_extractor_class)
         super()._build(lr_schedule)
         # Log of the temperature, here alone: the policy acts by it, with or without the algorithm, which learns or sets it
         self.register_buffer("log_ent_coef", th.zeros(1))
@@ -272,7 +272,7 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         :param n: Number of actions per observation
         :return: Shape (batch_size, n); without the first axis for a single observation
         """
-        check_integer("n", n, 1)
+        n = check_integer("n", n, 1)
         log_probs, vectorized = self._query(obs)[1:]
         actions = th.distributions.Categorical(logits=log_probs).sample((n,)).T.cpu().numpy()
         return actions if vectorized else actions[0]

@@ -256,6 +256,10 @@ def explain(error: Exception, env: VecEnv, num_timesteps: int) -> FaultyEnvironm
     if not inside:
         return None
     outer: VecEnv = inside[0].f_locals["self"]
+    by_callback = any(isinstance(frame.f_locals.get("self"), BaseCallback) for frame in frames[: frames.index(inside[0])])
+    if by_callback and inside[0].f_code.co_name not in ("step", "reset") and not isinstance(error, EOFError | OSError):
+        # a callback's own question, for an attribute that there is not say
+        return None
     # Ray has the error of an actor as the cause of its own
     cause = getattr(error, "cause", error)
     index: int | None = getattr(cause, "env_idx", failed_index(error))

@@ -56,17 +56,12 @@ class LoggedData(CheckedOffPolicyAlgorithm):
         :return: This agent
         :raises ValueError: if there are no data, see :meth:`set_data`
         """
-        check_integer("n_updates", n_updates, 1)
-        check_integer("log_interval", log_interval, 1)
+        n_updates = check_integer("n_updates", n_updates, 1)
+        log_interval = check_integer("log_interval", log_interval, 1)
         self._begin_offline("pretrain")
         self._is_offline = True
         try:
-            for done in range(n_updates):
-                # schedules run from the first to the last update
-                self._update_current_progress_remaining(done, n_updates)
-                self.train(1, self.batch_size)
-                if (done + 1) % log_interval == 0 or done + 1 == n_updates:
-                    self.logger.dump(self._n_updates)
+            self._update_offline(n_updates, log_interval)
         finally:
             self._is_offline = False
         check_parameters(self.policy, self.num_timesteps)
@@ -76,16 +71,30 @@ class LoggedData(CheckedOffPolicyAlgorithm):
         """What ``learn`` does before an agent learns."""
         if self.logged_data is None:
             raise ValueError("there are no data to learn from: set_data(trajectories) comes first")
-        self._begin_learning(reset_num_timesteps=True)
+        # in the middle of a training, episodes and schedules of it go on
+        self._begin_learning(reset_num_timesteps=self.num_timesteps == 0)
+        self._begin_log(tb_log_name)
+
+    def _begin_log(self, tb_log_name: str) -> None:
         if not self._custom_logger:
             self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, True)
+
+    def _update_offline(self, n_updates: int, log_interval: int) -> None:
+        for done in range(n_updates):
+            # schedules run from the first to the last update
+            self._update_current_progress_remaining(done, n_updates)
+            self.train(1, self.batch_size)
+            if (done + 1) % log_interval == 0 or done + 1 == n_updates:
+                self.logger.dump(self._n_updates)
 
     def _sample(self, batch_size: int) -> Any:
         """A minibatch, normalised as the agent's environment is."""
         env = self._vec_normalize_env
-        n_logged = 0
-        if self.logged_data is not None:
-            n_logged = batch_size if self._is_offline else round(self.data_share * batch_size)
+        share = 0.0 if self.logged_data is None else 1.0 if self._is_offline else self.data_share
+        n_logged = round(share * batch_size)
+        if 0.0 < share < 1.0 and batch_size > 1:
+            # of a small minibatch too, both have a part
+            n_logged = min(max(n_logged, 1), batch_size - 1)
         parts = []
         if n_logged < batch_size:
             assert self.replay_buffer is not None

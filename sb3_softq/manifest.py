@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 import stable_baselines3
 import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, unwrap_vec_normalize
 
@@ -63,7 +64,7 @@ def write(
             "gymnasium": gymnasium.__version__,
         },
         "class": type(model).__name__,
-        "arguments": _plain(_arguments(model)),
+        "arguments": _plain(arguments_of(model)),
         "num_timesteps": model.num_timesteps,
         **({} if env is None else describe(env)),
         "new_episodes": new_episodes,
@@ -215,9 +216,15 @@ def _of_spec(spec: Any) -> dict[str, Any] | None:
     return None if spec is None else {"id": spec.id, "kwargs": _plain(spec.kwargs)}
 
 
-def _arguments(model: OffPolicyAlgorithm) -> dict[str, Any]:
+def arguments_of(model: BaseAlgorithm) -> dict[str, Any]:
+    """
+    :param model: Agent of any algorithm
+    :return: The arguments of its class, without policy and environment, where it keeps them
+    """
     names = inspect.signature(type(model)).parameters.keys() - {"policy", "env"}
-    return {name: getattr(model, name) for name in sorted(names) if hasattr(model, name)}
+    # some with an underscore, as stats_window_size
+    kept = {name: next((key for key in (name, f"_{name}") if key in vars(model)), None) for name in sorted(names)}
+    return {name: vars(model)[key] for name, key in kept.items() if key is not None}
 
 
 def _plain(value: Any) -> Any:

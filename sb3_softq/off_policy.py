@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -25,6 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_softq.checks import (
     check_action_noise,
+    check_choice,
     check_class,
     check_device,
     check_flag,
@@ -86,7 +88,10 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         **kwargs: Any,
     ):
         # before SB3 uses them
-        check_type("env", env, (str, gym.Env, VecEnv), "an environment, its id,")
+        if env is not None:  # as load() begins without one
+            check_type("env", env, (str, gym.Env, VecEnv), "an environment or its id", optional=False)
+        if isinstance(policy, str):
+            check_choice("policy", policy, self.policy_aliases)
         verbose = check_integer("verbose", int(verbose) if isinstance(verbose, bool) else verbose, 0)
         check_device(device)
         if env is not None:
@@ -130,6 +135,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         if not (self._is_loaded and isinstance(self.action_noise, VectorizedActionNoise)):
             # a saved one is of as many environments as it had
             check_action_noise(self.action_noise, self.action_space, self.n_envs)
+        if self.env is None and self.replay_buffer is None and _is_her(self.replay_buffer_class):
+            raise ValueError("env=None is not allowed: a HerReplayBuffer must have an environment, which computes its rewards")
         check_keywords("policy_kwargs", self.policy_kwargs, self.policy_class)
         if self.env is not None:
             check_vec_normalize(self.env)
@@ -142,9 +149,15 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         buffer_class, buffer_kwargs, policy_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs, self.policy_kwargs
         self.replay_buffer_kwargs = buffer_kwargs.copy()
         self.policy_kwargs = self._policy_arguments()
+        # an environment that cannot be seeded is no fault of the arguments
+        self.set_random_seed(self.seed)
         try:
             super()._setup_model()
         except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+            networks = self.policy_class, self.policy_kwargs.get("features_extractor_class", self.policy_class)
+            if isinstance(error, th.OutOfMemoryError) or not all(_is_of_a_library(cls) for cls in networks):
+                # the user's own code has other reasons to fail
+                raise
             if self.replay_buffer is None:
                 raise ValueError(
                     f"replay_buffer_kwargs={buffer_kwargs!r} is not allowed: it must be what the replay buffer takes "
@@ -242,13 +255,16 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
             # what comes next is another episode: SB3 resets the environment, or the buffer came from another run
             end_trajectory(self.replay_buffer)
             self._buffer_is_loaded = False
-        noise = copy.deepcopy(self.action_noise)
+        # SB3 resets it
+        noise = copy.deepcopy(self.action_noise) if self._keeps_action_noise and not resets else None
+        if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
+            # of an agent that was saved with another number of environments; SB3 makes one of the new number
+            self.action_noise = self.action_noise.base_noise
         with self._faults_explained():
             total_timesteps, callback = super()._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
-        if self._keeps_action_noise and not resets:
-            # SB3 has reset it
+        if noise is not None:
             self.action_noise = noise
         self._keeps_action_noise = False
         first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
@@ -336,3 +352,12 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_is_loaded", "_keeps_action_noise", "_stored"]
+
+
+def _is_of_a_library(cls: Any) -> bool:
+    """Whether it comes from Stable-Baselines3 or from here."""
+    return str(getattr(cls, "__module__", "")).startswith(("stable_baselines3.", "sb3_contrib.", "sb3_softq."))
+
+
+def _is_her(cls: type[ReplayBuffer] | None) -> bool:
+    return cls is not None and issubclass(cls, HerReplayBuffer)

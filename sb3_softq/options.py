@@ -78,7 +78,7 @@ class ParticleOptions:
                 f"n_actor_particles={n_actor_particles} is not allowed with kernel_update_ratio={self.kernel_update_ratio}, "
                 "which splits them: it must be an integer >= 2"
             )
-        check_integer("n_experts", n_experts, 1)
+        n_experts = check_integer("n_experts", n_experts, 1)
         if n_experts > 1 and (self.n_fixed_particles(n_actor_particles) or n_actor_particles) < 2:
             split = "" if self.kernel_update_ratio is None else f" and kernel_update_ratio={self.kernel_update_ratio}"
             raise ValueError(

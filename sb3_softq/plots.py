@@ -58,6 +58,20 @@ def figure_to_array(figure: "Figure") -> np.ndarray:
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
 
 
+def check_dims(dims: Any, n_dims: int) -> tuple[int, int]:
+    """
+    :param dims: Two dimensions of the action
+    :param n_dims: How many it has
+    :return: The two
+    :raises ValueError: if they are something else
+    """
+    if dims is None or len(dims) != 2 or dims[0] == dims[1] or not all(0 <= i < n_dims for i in dims):
+        raise ValueError(
+            f"dims={dims!r} is not allowed with {n_dims} action dimensions: it must name two of them, for instance (0, 1)"
+        )
+    return dims[0], dims[1]
+
+
 def plot_level_curves(
     axes: "Axes",
     model: "SoftQ",
@@ -83,11 +97,7 @@ def plot_level_curves(
     low, high = model.action_space.low.ravel(), model.action_space.high.ravel()
     if dims is None and len(low) == 2:
         dims = (0, 1)
-    if dims is None or len(dims) != 2 or dims[0] == dims[1] or not all(0 <= i < len(low) for i in dims):
-        raise ValueError(
-            f"dims={dims!r} is not allowed with {len(low)} action dimensions: it must name two of them, for instance (0, 1)"
-        )
-    first, second = dims
+    first, second = dims = check_dims(dims, len(low))
     centre = model.predict(obs, deterministic=True)[0].ravel()
     x, y = (np.linspace(low[i], high[i], n_grid) for i in dims)
     actions = np.tile(centre, (n_grid * n_grid, 1))

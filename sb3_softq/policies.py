@@ -20,7 +20,15 @@ from torch import nn
 from typing_extensions import Self
 
 from sb3_softq.actor import HEAD_ARCH, N_EXPERTS, SMOOTHINGS, SamplingActor, Smoothing
-from sb3_softq.checks import check_flag, check_integer, check_net_arch, check_network_classes, check_number, check_type
+from sb3_softq.checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_net_arch,
+    check_network_classes,
+    check_number,
+    check_type,
+)
 from sb3_softq.critic import ParticleCritic
 from sb3_softq.networks import polyak_update
 
@@ -108,12 +116,11 @@ class SoftQPolicy(BasePolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
-        if smoothing not in SMOOTHINGS:
-            raise ValueError(f"smoothing={smoothing!r} is not known, it must be one of {', '.join(SMOOTHINGS)}")
-        check_integer("n_critics", n_critics, 1)
-        check_integer("n_experts", n_experts, 1)
-        check_integer("n_bins", n_bins, 1)
-        if n_bins % 2 == 0:
+        check_choice("smoothing", smoothing, SMOOTHINGS)
+        self.n_critics = check_integer("n_critics", n_critics, 1)
+        self.n_experts = check_integer("n_experts", n_experts, 1)
+        self.n_bins = check_integer("n_bins", n_bins, 1)
+        if self.n_bins % 2 == 0:
             raise ValueError(f"n_bins={n_bins!r} is not allowed: it must be odd")
         check_number("log_std_init", log_std_init)
         check_type("optimizer_kwargs", optimizer_kwargs, (dict,), "a dict")
@@ -125,11 +132,8 @@ class SoftQPolicy(BasePolicy):
         self.smoothing = smoothing
         self.log_std_init = log_std_init
         self.head_arch = list(head_arch)
-        self.n_experts = n_experts
-        self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
         self.batch_norm = batch_norm
-        self.n_bins = n_bins
         for name in ("batch_norm", "share_features_extractor", "normalize_images"):
             check_flag(name, getattr(self, name))
         check_network_classes(activation_fn, optimizer_class, features_extractor_class)
@@ -186,23 +190,19 @@ class SoftQPolicy(BasePolicy):
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> ParticleCritic:
         _, arch = get_actor_critic_arch(self.net_arch)
         net_kwargs = self._net_kwargs(arch, features_extractor)
-        return ParticleCritic(
-            **net_kwargs,
-            n_critics=self.n_critics,
-            share_features_extractor=self.share_features_extractor,
-            batch_norm=self.batch_norm,
-            n_bins=self.n_bins,
-        ).to(self.device)
+        own = ("n_critics", "share_features_extractor", "batch_norm", "n_bins")
+        return ParticleCritic(**net_kwargs, **{name: getattr(self, name) for name in own}).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
-        Actions in the normalised box: with gradients those of the actor, for any loss; without, those of :meth:`predict`.
+        Actions in the normalised box: with gradients those of the actor, for any loss; without, as where a trace of the
+        policy is made, those of :meth:`predict`.
 
         :param obs: Observations
         :param deterministic: Whether to return the deterministic action
         :return: Shape (batch_size, action_dim)
         """
-        if th.is_grad_enabled():
+        if th.is_grad_enabled() and not th.jit.is_tracing():
             return self.actor(obs, deterministic)
         self.sync_ema_actor()
         return self._predict(obs, deterministic)

@@ -54,7 +54,7 @@ class Queries:
         :return: Actions in the environment's units, shape (batch_size, n, action_dim); without the first axis for a
             single observation
         """
-        check_integer("n", n, 1)
+        n = check_integer("n", n, 1)
         obs_tensor, vectorized = self._query(obs)
         with th.no_grad():
             actions = th.tanh(self.ema_actor.sample(obs_tensor, n)).cpu().numpy()
@@ -72,7 +72,7 @@ class Queries:
         :param n_particles: Number of particles in the estimate, whose bias falls as 1 / ``n_particles``
         :return: In nats over the environment's action box, shape (batch_size,) or (batch_size, n)
         """
-        check_integer("n_particles", n_particles, 1)
+        n_particles = check_integer("n_particles", n_particles, 1)
         obs_tensor, vectorized = self._query(obs)
         a, squeeze = self._actions_to_tensor(actions, batch_size(obs_tensor), vectorized)
         # the tanh of no finite u is 1
@@ -96,7 +96,7 @@ class Queries:
         :param n_particles: Number of particles in the estimate, a lower bound in expectation that tightens with it
         :return: In nats over the environment's action box, shape (batch_size,)
         """
-        check_integer("n_particles", n_particles, 1)
+        n_particles = check_integer("n_particles", n_particles, 1)
         obs_tensor, vectorized = self._query(obs)
         with th.no_grad():
             entropies = []
@@ -118,7 +118,7 @@ class Queries:
         :return: Actions in the environment's units, shape (n_modes, action_dim), and their shares of the policy's actions,
             shape (n_modes,), the largest first; for a batch lists of these, one per observation
         """
-        check_integer("n_particles", n_particles, 1)
+        n_particles = check_integer("n_particles", n_particles, 1)
         check_number("min_share", min_share, 0.0, 1.0)
         obs_tensor, vectorized = self._query(obs)
         all_actions, all_shares = [], []
@@ -162,7 +162,7 @@ class Queries:
             particles carry the estimate. Below a tenth of ``n_particles`` it is a rough one
         :return: Shape (batch_size,), or a pair of that shape
         """
-        check_integer("n_particles", n_particles, 1)
+        n_particles = check_integer("n_particles", n_particles, 1)
         obs_tensor, vectorized = self._query(obs)
         ent_coef = self.ent_coef_tensor
         values, sample_sizes = [], []

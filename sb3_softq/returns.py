@@ -164,8 +164,8 @@ class ScaledReturns(MaximumEntropyAlgorithm):
             self._was_normalized = bool(self.normalize_rewards)
         elif self._was_normalized not in (None, self.normalize_rewards):
             raise ValueError(
-                f"normalize_rewards={self.normalize_rewards} is not allowed: it must be {self._was_normalized}, as it was when "
-                "saved, whose units the critics have"
+                f"normalize_rewards={self.normalize_rewards} is not allowed: it must be {self._was_normalized}, as it was "
+                "when saved, whose units the critics have"
             )
         if not self.normalize_rewards and self.policy_kwargs.get("n_bins", 1) != 1:
             raise ValueError(
@@ -199,8 +199,8 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         bias = given.get(f"critic.layers.{len(self.critic.layers) - 1}.bias")
         if isinstance(bias, th.Tensor) and bias.shape[-1] != self.critic.n_bins:
             raise ValueError(
-                f"n_bins={self.critic.n_bins} with normalize_rewards={self.normalize_rewards} is not allowed: with the weights "
-                f"of these critics n_bins must be {bias.shape[-1]}"
+                f"n_bins={self.critic.n_bins} with normalize_rewards={self.normalize_rewards} is not allowed: with the "
+                f"weights of these critics n_bins must be {bias.shape[-1]}"
             )
 
     def set_data(self, trajectories: Iterable[Trajectory] | None, share: float = 0.5) -> Self:

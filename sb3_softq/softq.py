@@ -55,8 +55,8 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update, at least 2 with batch normalisation
-    :param tau: the soft update coefficient ("Polyak update", between 0 and 1) of the target networks. With 1 the critics
-        are their own target, for which they need batch normalisation; SAC's, without it, is
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1) of the target networks. With 1 the critics are
+        their own target (at every step, ``target_update_interval=1``) and need batch normalisation; SAC's, without it, is
         ``tau=0.005, learning_rate=3e-4, policy_kwargs=dict(batch_norm=False)``
     :param gamma: the discount factor
     :param train_freq: Update the model every ``train_freq`` steps, or a tuple of frequency and unit like ``(2, "episode")``
@@ -292,8 +292,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         if actor.gate is not None:
             rates = birth_death_rates(q_values.detach(), log_prob_a[:, fixed], log_weights.detach()[:, fixed], ent_coef)
             loss = loss - (rates * log_weights[:, fixed]).mean()
-        # for Adam, whose epsilon is a size of gradients
-        return loss / self.critic.return_scale.squeeze(), {
+        return loss / self.critic.return_scale.squeeze(), {  # for Adam, whose epsilon is a size of gradients
             "actor_q_value": weighted_mean(q_values.detach(), log_weights.detach()[:, fixed]),
             "entropy": -weighted_mean(log_prob_a, log_weights.detach()),
             "particle_std": spread,
@@ -302,10 +301,11 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
 
     def _annealing(self) -> float:
         """Factor of the temperature in the actor's step; a learned temperature anneals by itself."""
-        annealing = self.particle_options.annealing
-        progress = self._current_progress_remaining
+        annealing, progress = self.particle_options.annealing, self._current_progress_remaining
         if not isinstance(annealing, str):
             return FloatSchedule(annealing)(progress)
+        if self._is_offline and self.num_timesteps > 0:
+            progress = 1.0  # of offline updates in the middle of a training, whose length they are no part of
         return 1.0 if self.log_ent_coef is not None else self.annealing_clock.factor(progress, self._n_updates)
 
     def _minimize(self, loss: Callable[..., LossAndStats], optimizer: th.optim.Optimizer, *args: Any) -> dict[str, th.Tensor]:
@@ -388,9 +388,9 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
     ) -> None:
         params = self._read_parameters(load_path_or_dict, device)
         super().set_parameters(with_stacked_optimizer(self.critic, params), exact_match, device)
-        if self._n_updates > 0 and "n_averaged" not in params.get("policy", ["n_averaged"]):
-            # release 0.1.0 counted the agent's updates
-            self.policy.n_averaged = self._n_updates / self.policy_delay
+        given: Mapping[str, Any] = dict(params.get("policy", {}))
+        if self._n_updates > 0 and "n_averaged" not in given and any(name.startswith("critic.") for name in given):
+            self.policy.n_averaged = self._n_updates / self.policy_delay  # release 0.1.0 counted the agent's updates
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "actor"]

@@ -51,9 +51,14 @@ def check_vec_normalize(env: VecEnv) -> None:
     while isinstance(wrapper, VecEnvWrapper) and not isinstance(wrapper, VecNormalize):
         if unwrap_vec_normalize(wrapper) is not None and wrapper.observation_space != wrapper.venv.observation_space:
             kind = type(wrapper).__name__
+            # of images themselves it has no statistics
+            without = ""
+            if kind == "VecTransposeImage":
+                is_dict = isinstance(wrapper.observation_space, spaces.Dict)
+                without = ", with norm_obs_keys of the others" if is_dict else ", with norm_obs=False"
             raise ValueError(
                 f"env={env!r} is not allowed: it must not have VecNormalize inside of {kind}, which changes its observations "
-                f"(VecNormalize({kind}(...)) works{', with norm_obs=False' * (kind == 'VecTransposeImage')})"
+                f"(VecNormalize({kind}(...)) works{without})"
             )
         wrapper = wrapper.venv
     if isinstance(wrapper, VecNormalize) and isinstance(wrapper.observation_space, spaces.Discrete):

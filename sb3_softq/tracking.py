@@ -4,7 +4,6 @@ at fixed states, a video; and a writer for MLflow. Weights & Biases takes all of
 """
 
 import copy
-import inspect
 import io
 import tempfile
 import warnings
@@ -18,10 +17,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, HParam, KVWriter, Logger, TensorBoardOutputFormat
 
 from sb3_softq.callbacks import PeriodicCallback
-from sb3_softq.checks import check_integer
-from sb3_softq.manifest import without_address
+from sb3_softq.checks import check_choice, check_integer
+from sb3_softq.manifest import arguments_of, without_address
 from sb3_softq.observations import rows
-from sb3_softq.plots import load_imageio, new_figure, plot_level_curves
+from sb3_softq.plots import check_dims, load_imageio, new_figure, plot_level_curves
+from sb3_softq.rollouts import roll_out
 from sb3_softq.softq import SoftQ
 
 #: Writers that show a number or a line of text alone
@@ -43,12 +43,9 @@ class HParamCallback(BaseCallback):
         self.metrics = metrics
 
     def _on_training_start(self) -> None:
-        names = inspect.signature(type(self.model).__init__).parameters
-        values = {name: vars(self.model)[name] for name in names if name in vars(self.model)}
         parameters = {
             name: value if isinstance(value, bool | int | float | str) else without_address(repr(value))
-            for name, value in values.items()
-            if name not in ("env", "policy")
+            for name, value in arguments_of(self.model).items()
         }
         parameters |= {"algorithm": type(self.model).__name__, "n_envs": self.model.n_envs}
         self.logger.record("hparams", HParam(parameters, dict.fromkeys(self.metrics, 0.0)), exclude=TEXT)
@@ -63,12 +60,13 @@ class PolicyCallback(PeriodicCallback):
     units of the rewards, ``policy/n_modes`` (means over the states); ``policy/modes_per_state``, a histogram; level
     curves of Q with the policy's samples and modes, a figure; and a video of an episode.
 
-    :param states: Observations as the agent sees them, an axis of states first; by default those that training begins with
+    :param states: One observation or a batch, as the agent sees them; by default those that training begins with
     :param freq: Steps between two logs
     :param dims: Which two dimensions of the action the figure shows, at the first state; an agent of one dimension has none
     :param video_env: Environment of the video, or its name; None for no video. Observations are normalised as in training
     :param video_length: Most frames of a video
-    :raises ValueError: if ``freq`` or ``video_length`` is not an integer >= 1, or the agent is not a :class:`sb3_softq.SoftQ`
+    :raises ValueError: if ``freq`` or ``video_length`` is not an integer >= 1, ``dims`` are not two of the action's, the
+        video's environment does not render arrays, or the agent is not a :class:`sb3_softq.SoftQ`
     :raises ImportError: without matplotlib, or imageio where there is a video
     """
 
@@ -81,7 +79,7 @@ class PolicyCallback(PeriodicCallback):
         video_length: int = 200,
     ):
         super().__init__(freq)
-        check_integer("video_length", video_length, 1)
+        self.video_length = check_integer("video_length", video_length, 1)
         # before training, not in the middle of it
         new_figure(1, 1)
         if video_env is not None:
@@ -89,17 +87,25 @@ class PolicyCallback(PeriodicCallback):
         self.states = states
         self.dims = dims
         self.video_env = gym.make(video_env, render_mode="rgb_array") if isinstance(video_env, str) else video_env
-        self.video_length = video_length
+        if self.video_env is not None:
+            check_choice("render_mode of video_env", self.video_env.render_mode, ("rgb_array",))
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, SoftQ):
             raise ValueError(f"model={type(self.model).__name__} is not allowed: it must be a SoftQ, whose policy has modes")
+        n_dims = int(np.prod(self.model.action_space.shape))
+        if n_dims >= 2:
+            check_dims(self.dims, n_dims)
 
     def _on_training_start(self) -> None:
         super()._on_training_start()
         if self.states is None:
             # a copy: environments may write into what they gave
             self.states = copy.deepcopy(self.model._last_obs)
+        elif not self.model.policy.obs_to_tensor(self.states)[1]:
+            # one state alone
+            states = self.states
+            self.states = {key: x[None] for key, x in states.items()} if isinstance(states, dict) else np.asarray(states)[None]
 
     def _on_period(self) -> None:
         model, logger = self.model, self.logger
@@ -120,25 +126,17 @@ class PolicyCallback(PeriodicCallback):
             log_video(logger, "policy/video", frames, self.num_timesteps)
 
 
-def roll_out_frames(model: SoftQ, env: gym.Env[Any, Any], n_steps: int) -> np.ndarray:
+def roll_out_frames(model: SoftQ, env: gym.Env[Any, Any], n_frames: int) -> np.ndarray:
     """
     One episode with deterministic actions.
 
     :param model: Agent
     :param env: Environment with ``render_mode="rgb_array"``
-    :param n_steps: Most steps
+    :param n_frames: Most frames, the first before the first step
     :return: Frames, shape (n, height, width, 3), uint8
     """
-    normalize = model.get_vec_normalize_env()
-    obs, _ = env.reset(seed=0)
-    frames = [np.asarray(env.render())]
-    for _ in range(n_steps - 1):
-        action, _ = model.predict(obs if normalize is None else normalize.normalize_obs(obs), deterministic=True)
-        obs, _, terminated, truncated, _ = env.step(action)
-        frames.append(np.asarray(env.render()))
-        if terminated or truncated:
-            break
-    return np.stack(frames)
+    (episode,) = roll_out(model, [env], deterministic=True, max_steps=n_frames, record=lambda env: np.asarray(env.render()))
+    return np.stack(episode.records[:n_frames])
 
 
 def log_video(logger: Logger, name: str, frames: np.ndarray, step: int, fps: int = 30) -> None:

@@ -111,7 +111,7 @@ class RayVecEnv(VecEnv):
         if not env_fns:
             raise ValueError("env_fns=[] is not allowed: expected at least one function that makes an environment")
         if n_actors is not None:
-            check_integer("n_actors", n_actors, 1, len(env_fns))
+            n_actors = check_integer("n_actors", n_actors, 1, len(env_fns))
         check_number("start_timeout", start_timeout, 0.0, open_low=True)
         if timeout is not None:
             check_number("timeout", timeout, 0.0, open_low=True)

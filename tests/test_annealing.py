@@ -57,6 +57,39 @@ def test_offline_training_does_not_use_up_that_of_what_comes_after_it():
     assert model._annealing() == pytest.approx(20 - 19 * 50 / 10_000)
 
 
+@pytest.mark.parametrize("offline", ["pretrain", "clone_behaviour"])
+@pytest.mark.parametrize("total", [30, 10**6])
+def test_offline_updates_in_the_middle_of_a_training_are_no_part_of_it(offline, total):
+    """It goes on as if they had been so many updates more, in the episode that was going on."""
+    model = small(ent_coef=0.1, learning_starts=0)
+
+    class Stop(BaseCallback):
+        def _on_step(self):
+            return self.num_timesteps < 10
+
+    # whose length is known, and longer than it lasts
+    model.learn(total, Stop())
+    before, running = model._annealing(), model.returns.running
+    assert before > 1.0
+    getattr(model.set_data(from_agent(model)), offline)(20)
+    model._current_progress_remaining = 1.0
+    assert model._annealing() == pytest.approx(min(before, 20 - 19 * model._n_updates / 10_000))
+    assert model.returns.running == running
+    model = small(ent_coef=0.1, learning_starts=0).learn(10, reset_num_timesteps=False)
+    getattr(model.set_data(from_agent(model)), offline)(20)
+    model.learn(10, reset_num_timesteps=False)
+    assert model._annealing() == pytest.approx(20 - 19 * model._n_updates / 10_000)
+
+
+@pytest.mark.parametrize("total", [300, 3_000])
+def test_annealing_ends_after_a_third_of_the_training(total):
+    model = small(ent_coef=0.1, learning_starts=0)
+    model.annealing_clock.begin(0, True, 0)
+    for part, factor in ((0.0, 20.0), (1 / 6, 10.5), (0.32, 20 - 19 * 0.96), (0.34, 1.0), (1.0, 1.0)):
+        model._update_current_progress_remaining(int(part * total * 100), total * 100)
+        assert model._annealing() == pytest.approx(factor, abs=0.02)
+
+
 @pytest.mark.parametrize("reset_num_timesteps", [True, False])
 def test_annealing_never_rises_again(tmp_path, reset_num_timesteps):
     """The first call says how long training is: what comes after it does not begin anew."""

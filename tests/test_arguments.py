@@ -1,6 +1,7 @@
 """A bad argument is refused when the agent is made, by a ValueError that names the argument and its value."""
 
 import inspect
+import itertools
 import re
 from functools import partial
 from typing import Any
@@ -16,13 +17,16 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
-from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
+from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.checks import check_choice
+from sb3_softq.composition import compose
+from sb3_softq.data import from_agent
 from tests.conftest import OneStep, OneStepDiscrete, refused, tiny
 
 NAN, INF = float("nan"), float("inf")
@@ -287,6 +291,27 @@ def test_action_noise_of_a_loaded_agent(tmp_path):
     assert SoftQ.load(tmp_path / "agent").action_noise.n_envs == 3
     with pytest.raises(ValueError, match=r"action_noise=.* is not allowed: it must be .* of the shape \(1,\)"):
         SoftQ.load(tmp_path / "agent", action_noise=NormalActionNoise(np.zeros(3), np.ones(3)))
+    # it follows the number of environments
+    for n_envs in (1, 2):
+        loaded = SoftQ.load(tmp_path / "agent", env=make_vec_env("Pendulum-v1", n_envs=n_envs))
+        loaded.learn(6)
+        assert np.shape(loaded.action_noise()) == ((1,) if n_envs == 1 else (2, 1))
+
+
+def test_action_noise_that_cannot_be_copied():
+    """Nothing but an exact resume has to copy it."""
+
+    class Stream(ActionNoise):
+        numbers = (np.full(1, x) for x in itertools.cycle([0.1, -0.1]))
+
+        def __init__(self):
+            super().__init__()
+            self.source = self.numbers
+
+        def __call__(self):
+            return next(self.source)
+
+    assert tiny(action_noise=Stream()).learn(12).num_timesteps == 12
 
 
 @pytest.mark.parametrize("sigma", [np.ones(2), np.ones(1)])
@@ -348,8 +373,61 @@ def test_wrong_types(name, value):
 
 @pytest.mark.parametrize("env", [3, OneStep, ["Pendulum-v1"]])
 def test_environments(env):
-    with pytest.raises(ValueError, match=r"env=.* is not allowed: it must be an environment, its id, or None"):
+    with pytest.raises(ValueError, match=r"env=.* is not allowed: it must be an environment or its id$"):
         SoftQ("MlpPolicy", env)
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+def test_names_of_policies(algorithm):
+    with pytest.raises(ValueError, match=r"policy='MlpPolicyy' is not allowed: .* \(did you mean 'MlpPolicy'\?\)"):
+        algorithm("MlpPolicyy", "Pendulum-v1" if algorithm is SoftQ else "CartPole-v1")
+
+
+class Mistaken(FlattenExtractor):
+    """Has a mistake of its author."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.size = self.no_such_attribute
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+def test_mistakes_of_ones_own_networks_are_no_fault_of_the_space(algorithm):
+    env = OneStep() if algorithm is SoftQ else OneStepDiscrete()
+    with pytest.raises(AttributeError, match="no_such_attribute"):
+        algorithm("MlpPolicy", env, policy_kwargs=dict(features_extractor_class=Mistaken))
+
+
+def test_an_environment_that_cannot_be_seeded_is_no_fault_of_the_arguments():
+    class Unseeded(DummyVecEnv):
+        def seed(self, seed=None):
+            raise RuntimeError("there is no generator")
+
+    with pytest.raises(RuntimeError, match=r"^there is no generator$"):
+        tiny(Unseeded([OneStep]), seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("activation_fn", "relu"), ("net_arch", [64, -1]), ("optimizer_class", 5), ("net_arch", "64")]
+)
+def test_policy_arguments_of_discrete_agents(name, value):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not allowed: it must be ")):
+        tiny(OneStepDiscrete(), DiscreteSoftQ, policy_kwargs={name: value})
+
+
+def test_whole_numbers_of_any_type():
+    """As ``learn(1e6)``."""
+    model = tiny(policy_kwargs=dict(n_experts=3.0, n_critics=2.0, n_bins=11.0), n_actor_particles=4.0).learn(12.0)
+    obs = np.zeros(1, dtype=np.float32)
+    assert model.sample_actions(obs, 4.0).shape[0] == 4
+    assert np.isfinite(model.log_prob(obs, model.predict(obs)[0], n_particles=1e2))
+    assert np.isfinite(model.entropy(obs, n_particles=1e2))
+    assert np.isfinite(model.soft_value(obs, n_particles=1e2))
+    assert len(model.modes(obs, n_particles=1e2)) == 2
+    model.set_data(from_agent(model)).pretrain(2.0, log_interval=1.0).clone_behaviour(2.0, log_interval=1.0)
+    assert compose([model, model], gradient_steps=2.0, ent_coef=0.1)._n_updates == 2
+    discrete = tiny(OneStepDiscrete(), DiscreteSoftQ).learn(12.0)
+    assert discrete.sample_actions(obs, 4.0).shape == (4,)
 
 
 def test_without_an_environment():
@@ -448,7 +526,7 @@ def some_of(arguments):
 def works_or_is_refused(make, kwargs, *more_names):
     message = ""
     try:
-        model = tiny(**kwargs)
+        model = make(**kwargs)
     except ValueError as error:
         message = str(error)
     if message:

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import SAC
+from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softq import SoftQ, checkpoint, manifest
@@ -164,6 +165,25 @@ def test_vec_normalize_of_rewards(tmp_path):
     assert resumed.get_vec_normalize_env().ret_rms.var == model.get_vec_normalize_env().ret_rms.var
     with pytest.raises(ValueError, match=r"VecNormalize\(norm_obs=True\) is not allowed: it must be False"):
         reload(tmp_path, VecNormalize(DummyVecEnv([pendulum])))
+
+
+def test_vec_normalize_of_some_observations(tmp_path):
+    def normalized(keys):
+        env = DummyVecEnv([lambda: SimpleMultiObsEnv(num_row=2, num_col=2, discrete_actions=False)])
+        return VecNormalize(env, norm_obs_keys=keys)
+
+    model = small(policy="MultiInputPolicy", env=normalized(["vec"]), width=None)
+    model.learn(30, ResumableCheckpoint(10, tmp_path))
+    assert resume(SoftQ, tmp_path, normalized(["vec"]), device="cpu").num_timesteps == 30
+    with pytest.raises(ValueError, match=r"VecNormalize\(norm_obs_keys=\['img', 'vec'\]\) is not allowed: .* \['vec'\]"):
+        resume(SoftQ, tmp_path, normalized(["vec", "img"]), device="cpu")
+
+
+def test_what_cannot_be_saved_there(tmp_path):
+    with pytest.raises(ValueError, match="path=5 is not allowed: it must be a path"):
+        ResumableCheckpoint(5, 5)
+    with pytest.raises(ValueError, match=r"model=.*PPO.* is not allowed: it must be an algorithm with a replay buffer"):
+        PPO("MlpPolicy", "Pendulum-v1").learn(8, ResumableCheckpoint(5, tmp_path))
 
 
 def test_several_environments(tmp_path):

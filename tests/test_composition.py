@@ -75,6 +75,9 @@ def test_save_load_and_compose_again(tmp_path):
     obs = np.ones((2, 3), dtype=np.float32)
     np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
     np.testing.assert_array_equal(loaded.q_values(obs, np.ones((2, 1))), model.q_values(obs, np.ones((2, 1))))
+    other = compose([agent(seed=3), agent(seed=4)], gradient_steps=1)
+    other.set_parameters(model.get_parameters())
+    np.testing.assert_array_equal(other.q_values(obs, np.ones((2, 1))), model.q_values(obs, np.ones((2, 1))))
     twice = compose([model, agent(seed=2)], gradient_steps=1)
     np.testing.assert_allclose(
         twice.q_values(obs, np.ones((2, 1))),
@@ -91,6 +94,20 @@ def test_it_can_go_on_in_the_environment():
     model.learn(30)
     assert not th.equal(actor, flat(model.actor))
     np.testing.assert_array_equal(q, model.q_values(np.ones((1, 3), dtype=np.float32), np.ones((1, 1))))
+
+
+def test_it_logs_where_it_is_told_to(tmp_path, capsys):
+    model = compose([agent(), agent(seed=1)], gradient_steps=4.0, policy_delay=2, verbose=1, tensorboard_log=str(tmp_path))
+    assert "actor_loss" in capsys.readouterr().out
+    model.learn(210, log_interval=1)
+    assert "ep_rew_mean" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ComposedSoftQ_1", "compose_1"]
+
+
+@pytest.mark.parametrize("name", ["tau", "gamma", "n_value_particles", "target_update_interval", "n_steps", "buffer_size"])
+def test_what_it_does_not_ask_for_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=1 is not allowed: it must be left out, the (critics|replay buffer)"):
+        compose([agent(), agent(seed=1)], gradient_steps=1, policy_kwargs=None, **{name: 1})
 
 
 def test_dict_observations():
@@ -131,7 +148,7 @@ def no_buffer():
         (agent, {"weights": [1.0, np.nan]}, r"weights\[1\]=nan is not allowed"),
         (agent, {"gradient_steps": 0}, "gradient_steps=0 is not allowed"),
         (agent, {"nonsense": 0}, "nonsense"),
-        (agent, {"buffer_size": 5}, "buffer_size=5 is not allowed: the replay buffer is the union"),
+        (agent, {"buffer_size": 5}, "buffer_size=5 is not allowed: it must be left out, the replay buffer"),
         (agent, {"env": VecNormalize(make_vec_env("Pendulum-v1"))}, "env=.* is not allowed: it must be without VecNormalize"),
     ],
 )

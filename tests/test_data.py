@@ -318,6 +318,14 @@ def test_data_are_not_saved(tmp_path):
         loaded.learn(20)
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.01, 1), (0.5, 4), (0.99, 7), (1.0, 8)])
+def test_a_small_minibatch_has_a_part_of_both(share, expected):
+    model = small(env=RandomEnv(ACTIONS)).learn(20)
+    model.set_data(collect(RandomEnv(ACTIONS)), share)
+    model.logged_data.rewards[:] = 77.0
+    assert (model._sample(8).rewards == 77.0).sum() == expected
+
+
 def test_without_data():
     model = small(env=RandomEnv(ACTIONS))
     for method in (model.pretrain, model.clone_behaviour):
@@ -353,6 +361,12 @@ def with_value(value):
         (wrong(observations=lambda x: x[:, :2]), r"trajectories\[1\] has observations of shape \(9, 2\)"),
         (wrong(observations=lambda x: {"a": x}), r"trajectories\[1\] has observations"),
         (wrong(observations=with_value(np.nan)), r"trajectories\[1\] has observations that are not finite, in step 3"),
+        (
+            wrong(observations=lambda x: with_value(1e300)(x.astype(np.float64))),
+            "has observations that are not finite, in step 3",
+        ),
+        (wrong()[0], r"trajectories=Trajectory\(...\) is not allowed: it must be a list of them"),
+        ([wrong()[0], "a file"], r"trajectories\[1\] is a str: it must be a Trajectory\(observations, actions, "),
         (wrong(actions=lambda x: x[:, 0]), r"trajectories\[1\] has actions of shape \(8,\): it must be \(8, 2\)"),
         (wrong(actions=with_value(np.nan)), r"trajectories\[1\] has actions that are not finite, in step 3"),
         (wrong(actions=with_value(2.0)), r"trajectories\[1\] has actions that are not in Box\(.*, in step 3"),

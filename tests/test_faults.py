@@ -526,6 +526,16 @@ def test_an_action_that_is_no_number(tmp_path):
     check_saved(tmp_path, model)
 
 
+def test_what_a_callback_asks_in_vain_is_no_fault_of_an_environment():
+    class Ask(BaseCallback):
+        def _on_step(self):
+            self.training_env.get_attr("no_such_attribute")
+
+    with pytest.raises(AttributeError, match="no_such_attribute") as excinfo:
+        agent(environments("raises", 1, at=10**9)).learn(20, Ask())
+    assert not isinstance(excinfo.value, FaultyEnvironmentError)
+
+
 class Stop(BaseCallback):
     """Stops at a step, or at the end of an episode."""
 

@@ -108,6 +108,7 @@ def test_the_point_stays_in_the_square_and_out_of_obstacles(actions, seed):
         ({"goal_rewards": np.nan}, "goal_rewards"),
         ({"obstacles": [(1.0, 1.0)]}, "obstacles"),
         ({"obstacles": [(1.0, 1.0, 0.0, 2.0)]}, "obstacles"),
+        ({"obstacles": [(3.0, 1.0, 4.0, 2.0), (-1.0, -1.0, 1.0, 1.0)]}, "obstacles"),
         ({"start_std": -1.0}, "start_std"),
         ({"render_mode": "human"}, "render_mode"),
     ],
@@ -133,7 +134,7 @@ def test_rollouts_know_their_goals():
 def test_goal_callback(tmp_path):
     model = small(env="sb3_softq/MultiGoal-v0")
     model.set_logger(configure(str(tmp_path), ["csv"]))
-    callback = GoalCallback(MultiGoalEnv(), freq=10, n_rollouts=8)
+    callback = GoalCallback(gym.make("sb3_softq/MultiGoal-v0"), freq=10, n_rollouts=8.0)
     model.learn(30, callback)
     assert 0 <= model.logger.name_to_value["multi_goal/success_rate"] <= 1
     # two goals, equally often
@@ -144,6 +145,11 @@ def test_goal_callback(tmp_path):
     assert model.logger.name_to_value["multi_goal/goals_reached"] == 2
     assert model.logger.name_to_value["multi_goal/entropy"] == pytest.approx(np.log(2))
     assert model.logger.name_to_value["multi_goal/success_rate"] == 1.0
+
+
+def test_goal_callback_of_another_environment():
+    with pytest.raises(ValueError, match=r"env=.* is not allowed: it must be a MultiGoalEnv"):
+        GoalCallback(gym.make("Pendulum-v1"))
 
 
 def test_goal_callback_sees_what_the_agent_sees(monkeypatch):

@@ -108,6 +108,23 @@ def test_the_policy_has_gradients():
     np.testing.assert_allclose(model.policy.unscale_action(actions), model.predict(OBS, deterministic=True)[0], rtol=1e-5)
 
 
+def test_a_trace_of_the_policy_acts_as_predict_does():
+    """As Stable-Baselines3's page on exporting makes it, with gradients enabled."""
+    model = make().learn(30)
+
+    class Deterministic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.policy = model.policy
+
+        def forward(self, obs):
+            return self.policy(obs, deterministic=True)
+
+    traced = th.jit.trace(Deterministic().eval(), th.as_tensor(OBS[:1]))
+    actions = model.policy.unscale_action(traced(th.as_tensor(OBS)).detach().numpy())
+    np.testing.assert_allclose(actions, model.predict(OBS, deterministic=True)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_training_goes_on_from_what_was_cloned():
     """The EMA actor does not follow the first updates, whose critics know nothing yet."""
     model = make().learn(5)
@@ -149,6 +166,12 @@ def test_the_actor_alone_can_be_loaded():
     other.set_parameters({"policy": {f"actor.{k}": v for k, v in model.actor.state_dict().items()}}, exact_match=False)
     other.policy.set_training_mode(False)
     assert th.equal(flat(other.ema_actor), flat(model.actor))
+    # also one that was trained: its critics do not know this actor
+    trained = make(seed=3).learn(30)
+    assert trained.policy.is_taught
+    trained.set_parameters({"policy": {f"actor.{k}": v for k, v in model.actor.state_dict().items()}}, exact_match=False)
+    trained.policy.set_training_mode(False)
+    assert not trained.policy.is_taught
     third = make(seed=2)
     third.actor.load_state_dict(model.actor.state_dict())
     with th.no_grad():

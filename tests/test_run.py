@@ -11,6 +11,7 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softq import SoftQ
+from sb3_softq.data import from_agent
 from tests.conftest import RandomEnv, check_training, small
 
 
@@ -104,11 +105,16 @@ def test_vec_normalize():
     check_training(model, 40)
     assert model.get_vec_normalize_env() is env
     # what is replayed is normalised with the current statistics, what is stored is not
-    np.testing.assert_array_equal(
-        model.replay_buffer._normalize_obs(model.replay_buffer.observations[:40, 0], env),
-        env.normalize_obs(model.replay_buffer.observations[:40, 0]),
-    )
-    assert np.abs(model.replay_buffer.observations[:40, 0, 2]).max() > 0.5
+    stored = model.replay_buffer.observations[:40, 0]
+    assert np.abs(stored - env.normalize_obs(stored)).max() > 0.5
+    for share in (0.0, 0.5):
+        # with logged data too
+        model.set_data(from_agent(model), share)
+        data = model._sample(64)
+        for name in ("observations", "next_observations"):
+            expected = env.normalize_obs(getattr(model.replay_buffer, name)[:40, 0])
+            distances = np.abs(expected - getattr(data, name).numpy()[:, None]).max(axis=2).min(axis=1)
+            np.testing.assert_allclose(distances, 0.0, atol=1e-5)
 
 
 def test_total_timesteps_may_be_a_float():

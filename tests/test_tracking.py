@@ -1,5 +1,6 @@
 """What experiment trackers get: read back from TensorBoard's, MLflow's and Weights & Biases' own files."""
 
+import inspect
 import io
 import sys
 import warnings
@@ -9,6 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 from stable_baselines3 import SAC
+from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,6 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.envs.multi_goal import MultiGoalEnv
+from sb3_softq.manifest import arguments_of
 from sb3_softq.tracking import HParamCallback, MLflowOutputFormat, PolicyCallback, log_video
 from tests.conftest import small
 from tests.test_zoo import zoo
@@ -51,6 +54,40 @@ def test_tensorboard_compares_hyper_parameters(tmp_path, algorithm):
     experiment = events(tmp_path).summary_metadata[metadata.EXPERIMENT_TAG].plugin_data.content
     metrics = {metric.name.tag for metric in HParamsPluginData.FromString(experiment).experiment.metric_infos}
     assert "rollout/ep_rew_mean" in metrics
+
+
+def test_all_arguments_are_told():
+    model = two_actions(stats_window_size=7)
+    told = arguments_of(model)
+    assert told["stats_window_size"] == 7
+    expected = set(inspect.signature(SoftQ).parameters) - {"policy", "env", "_init_setup_model"}
+    assert set(told) == expected
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_one_state_is_a_batch_of_one(as_dict):
+    env = SimpleMultiObsEnv(discrete_actions=False) if as_dict else "Pendulum-v1"
+    model = small(policy="MultiInputPolicy" if as_dict else "MlpPolicy", env=env, learning_starts=1000, width=None)
+    state = model.observation_space.sample()
+    callback = PolicyCallback(state, freq=5)
+    model.learn(1, callback)
+    assert model.policy.obs_to_tensor(callback.states)[1]
+    modes, _ = model.modes(callback.states)
+    assert len(modes) == 1
+    callback._on_period()
+
+
+@pytest.mark.parametrize("dims", [(0, 2), (0, 0), (-1, 0), (0,), None])
+def test_what_cannot_be_drawn_is_refused_before_training(dims):
+    model = two_actions()
+    with pytest.raises(ValueError, match=r"dims=.* is not allowed with 2 action dimensions: it must name two of them"):
+        model.learn(10, PolicyCallback(dims=dims))
+    assert model.num_timesteps == 0
+
+
+def test_an_environment_that_renders_no_arrays_has_no_video():
+    with pytest.raises(ValueError, match="render_mode of video_env=None is not allowed: it must be one of 'rgb_array'"):
+        PolicyCallback(video_env=MultiGoalEnv())
 
 
 def test_the_policy_at_fixed_states(tmp_path):

@@ -163,7 +163,11 @@ def test_no_trust_where_no_environment_was_made(strangers, monkeypatch):
 
 
 def test_where_trust_cannot_be_left_out():
-    for command in (("train", *WATCH), ("enjoy", "--algo", "sac", "--untrusted")):
+    for command in (
+        ("train", *WATCH),
+        ("enjoy", "--algo", "sac", "--untrusted"),
+        ("enjoy", "--algo", "sac", "-f", "softq", "--untrusted"),
+    ):
         assert "--untrusted is for enjoy and record_video of --algo softq" in zoo(*command, code=1)
 
 

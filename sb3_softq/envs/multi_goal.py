@@ -59,6 +59,8 @@ class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
         self.obstacles = _numbers("obstacles", obstacles, 4)
         if (self.obstacles[:, :2] >= self.obstacles[:, 2:]).any():
             raise ValueError(f"obstacles={obstacles!r} is not allowed: it must be x_min < x_max, y_min < y_max in each")
+        if ((self.obstacles[:, :2] < 0.0) & (self.obstacles[:, 2:] > 0.0)).all(axis=1).any():
+            raise ValueError(f"obstacles={obstacles!r} is not allowed: it must leave the centre free, where the point starts")
         rewards = np.asarray(goal_rewards, dtype=np.float64)
         if rewards.shape not in ((), (len(self.goals),)) or not np.isfinite(rewards).all():
             raise ValueError(f"goal_rewards={goal_rewards!r} is not allowed: it must be a finite number, or one for each goal")

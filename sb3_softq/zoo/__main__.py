@@ -29,16 +29,23 @@ COMMANDS = {
 }
 
 
+def is_for_softq(arguments: Sequence[str]) -> bool:
+    """
+    :param arguments: Of a command
+    :return: Whether its algorithm is ours
+    """
+    # which knows abbreviations, as the RL Zoo does
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--algo")
+    return bool(parser.parse_known_args(arguments)[0].algo == "softq")
+
+
 def with_configuration(arguments: Sequence[str]) -> list[str]:
     """
     :param arguments: Of ``train``
     :return: The same, after our hyper-parameters where it is our algorithm: of two files that are named the last one counts
     """
-    # which knows abbreviations, as the RL Zoo does
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--algo")
-    is_softq = parser.parse_known_args(arguments)[0].algo == "softq"
-    return [*(("--conf-file", str(HYPERPARAMS / "softq.yml")) if is_softq else ()), *arguments]
+    return [*(("--conf-file", str(HYPERPARAMS / "softq.yml")) if is_for_softq(arguments) else ()), *arguments]
 
 
 def without_trust(command: str, arguments: Sequence[str]) -> list[str]:
@@ -49,8 +56,7 @@ def without_trust(command: str, arguments: Sequence[str]) -> list[str]:
     """
     rest = [argument for argument in arguments if argument != "--untrusted"]
     if len(rest) < len(arguments):
-        names = [argument.partition("=")[2] or argument for argument in rest]
-        if command not in untrusted.COMMANDS or "softq" not in names:
+        if command not in untrusted.COMMANDS or not is_for_softq(rest):
             sys.exit(f"--untrusted is for {' and '.join(untrusted.COMMANDS)} of --algo softq")
         untrusted.distrust()
     return rest
