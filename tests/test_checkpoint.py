@@ -22,7 +22,7 @@ from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 
 from sb3_softq import SoftQ, checkpoint, manifest
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, latest, resume, steps_done
@@ -170,7 +170,7 @@ def test_vec_normalize_of_rewards(tmp_path):
 def test_vec_normalize_of_some_observations(tmp_path):
     def normalized(keys):
         env = DummyVecEnv([lambda: SimpleMultiObsEnv(num_row=2, num_col=2, discrete_actions=False)])
-        return VecNormalize(env, norm_obs_keys=keys)
+        return VecNormalize(VecTransposeImage(env), norm_obs_keys=keys)
 
     model = small(policy="MultiInputPolicy", env=normalized(["vec"]), width=None)
     model.learn(30, ResumableCheckpoint(10, tmp_path))
@@ -182,7 +182,7 @@ def test_vec_normalize_of_some_observations(tmp_path):
 def test_what_cannot_be_saved_there(tmp_path):
     with pytest.raises(ValueError, match="path=5 is not allowed: it must be a path"):
         ResumableCheckpoint(5, 5)
-    with pytest.raises(ValueError, match=r"model=.*PPO.* is not allowed: it must be an algorithm with a replay buffer"):
+    with pytest.raises(ValueError, match=r"model=.*PPO.* is not allowed: it must be an off-policy algorithm, which has a"):
         PPO("MlpPolicy", "Pendulum-v1").learn(8, ResumableCheckpoint(5, tmp_path))
 
 

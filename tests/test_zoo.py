@@ -14,10 +14,11 @@ import numpy as np
 import optuna
 import pytest
 import yaml
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
 
-from sb3_softq import DiscreteSoftQ, SoftQ
+from sb3_softq import SQL_2017, DiscreteSoftQ, ParticleOptions, SoftQ
 from sb3_softq.zoo import HYPERPARAMS, ZooSoftQ, untrusted
 from sb3_softq.zoo.__main__ import COMMANDS, with_configuration
 from sb3_softq.zoo.environments import environment_of, register_environment
@@ -284,6 +285,14 @@ def test_goals_of_a_robot_are_registered_when_they_are_named(tmp_path):
     assert (tmp_path / "softq" / "FetchReach-v4_1" / "FetchReach-v4.zip").is_file()
 
 
+# What an entry may be of beside MuJoCo, in small
+STAND_INS = {
+    "MlpPolicy": lambda: gym.make("Pendulum-v1"),
+    "CnnPolicy": lambda: FakeImageEnv(36, 36, discrete=False),
+    "MultiInputPolicy": lambda: BitFlippingEnv(n_bits=4, continuous=True),
+}
+
+
 @pytest.mark.parametrize("file", ENTRIES)
 def test_entries_are_of_known_environments_and_arguments(file):
     for env_id, entry in ENTRIES[file].items():
@@ -293,12 +302,20 @@ def test_entries_are_of_known_environments_and_arguments(file):
         arguments = {
             k: v for k, v in entry.items() if k not in ("n_timesteps", "env_wrapper", "frame_stack", "noise_type", "noise_std")
         }
-        if isinstance(arguments.get("replay_buffer_kwargs"), str) or arguments["policy"] != "MlpPolicy":
-            continue
-        if isinstance(arguments.get("policy_kwargs"), str):
-            arguments["policy_kwargs"] = eval(arguments["policy_kwargs"])
-        env = gym.make("CartPole-v1" if env_id == "CartPole-v1" else "Pendulum-v1")
-        ZooSoftQ(env=env, **arguments)
+        for name in ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs"):
+            if isinstance(arguments.get(name), str):
+                # as the RL Zoo does
+                arguments[name] = eval(arguments[name], {"HerReplayBuffer": HerReplayBuffer})
+        env = gym.make("CartPole-v1") if env_id == "CartPole-v1" else STAND_INS[arguments["policy"]]()
+        ZooSoftQ(env=env, **arguments | {"buffer_size": min(arguments.get("buffer_size", 1000), 1000)})
+
+
+def test_the_original_recipe_is_that_of_the_package():
+    for env_id, entry in ENTRIES["softq_original.yml"].items():
+        arguments = {k: v for k, v in entry.items() if k not in ("n_timesteps", "policy", "ent_coef")}
+        arguments["policy_kwargs"] = eval(arguments["policy_kwargs"])
+        arguments["particle_options"] = ParticleOptions.of(arguments["particle_options"])
+        assert arguments == SQL_2017, env_id
 
 
 def test_sampler():
