@@ -237,6 +237,8 @@ def test_policy_kwargs_is_a_dict(value):
         ("features_extractor_class", "NatureCNN"),
         ("optimizer_kwargs", "eps=1e-3"),
         ("features_extractor_kwargs", 3),
+        ("n_bins", 50),
+        ("n_bins", 0),
     ],
 )
 def test_policy_arguments(name, value):

@@ -1,5 +1,6 @@
 """Logged data: they lie in a replay buffer as the environment gave them, and an agent learns from them, offline and online."""
 
+import sys
 from unittest.mock import patch
 
 import gymnasium as gym
@@ -583,3 +584,9 @@ def test_an_episode_that_was_left_does_not_go_on_in_the_next(teacher, in_dict):
 def test_agents_without_data_are_refused():
     with pytest.raises(ValueError, match="load_replay_buffer"):
         next(from_agent(small()))
+
+
+def test_without_minari(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(ImportError, match=r'Minari data sets need minari: pip install "sb3-softq\[minari\]"'):
+        next(from_minari("mujoco/walker2d/medium-v0"))

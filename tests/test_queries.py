@@ -319,3 +319,29 @@ def test_numbers_of_samples_and_particles(models, obs, n):
 def test_actions_that_do_not_fit(models, obs, query, shape):
     with pytest.raises(ValueError, match="do not fit"):
         getattr(models["plane"], query)(obs, np.ones(shape))
+
+
+def test_the_soft_value_counts_what_the_policy_misses(monkeypatch):
+    """Two modes, of which the policy knows one: particles of the policy alone would lack half of the integral, log 2."""
+    space = spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
+    model = SoftQ("MlpPolicy", Target(space), ent_coef=1.0, device="cpu", seed=0, policy_kwargs=dict(net_arch=[4]))
+
+    def q_values(a):
+        return 5.0 + np.log(np.exp(-(((a - 0.6) / 0.1) ** 2) / 2) + np.exp(-(((a + 0.6) / 0.1) ** 2) / 2))
+
+    monkeypatch.setattr(
+        "sb3_softq.queries.min_q_values", lambda critic, obs, u: th.as_tensor(q_values(np.tanh(u.numpy()))).squeeze(2)
+    )
+    monkeypatch.setattr(
+        model, "_density", lambda obs, n: (th.full((len(obs), n, 1), np.arctanh(0.6)), th.full((len(obs), n, 1), np.log(0.15)))
+    )
+    points, volume = grid(space, 20_000)
+    truth = np.log(np.exp(q_values(points)).sum() * volume)
+    obs = np.zeros((3, 2), dtype=np.float32)
+    value, sample_size = model.soft_value(obs, return_sample_size=True)
+    np.testing.assert_allclose(value, truth, atol=0.15)
+    np.testing.assert_allclose(value, model.soft_value(obs), atol=0.3)
+    # half of the particles know nothing of where Q is high
+    assert ((sample_size > 100) & (sample_size < 1024)).all()
+    # what carries an estimate with one particle is this particle
+    assert model.soft_value(obs, n_particles=1, return_sample_size=True)[1] == pytest.approx(np.ones(3))

@@ -1,6 +1,7 @@
 """An update of SoftQ: what critics, actor and temperature learn from a minibatch, and when."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from stable_baselines3.common.envs import BitFlippingEnv, IdentityEnvBox
 from stable_baselines3.common.utils import LinearSchedule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_softq import SoftQ
+from sb3_softq import DiscreteSoftQ, ParticleOptions, SoftQ
 from sb3_softq.histogram import bin_centers, bin_edges, cross_entropy
 from tests.conftest import RandomEnv, batch_normalised, check_training, flat, small
 
@@ -191,6 +192,44 @@ def test_learning_rates_end_where_their_schedules_end():
     assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
     assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(2e-4)
     assert model.ent_coef_optimizer.param_groups[0]["lr"] == pytest.approx(3e-4)
+
+
+def test_defaults_are_those_of_the_page():
+    """Of sb3_softq/README.md, a row each; what they were chosen by is in decisions.md."""
+    model = SoftQ("MlpPolicy", "Pendulum-v1", device="cpu")
+    policy = model.policy
+    assert policy.batch_norm
+    assert (model.tau, policy.critic_target) == (1.0, None)
+    assert [model.lr_schedule(progress) for progress in (1.0, 0.0)] == pytest.approx([1e-3, 3e-4])
+    assert model.critic.optimizer.param_groups[0]["betas"] == (0.5, 0.999)
+    assert model.actor.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+    assert model.actor_tau == 1e-3
+    assert (model.normalize_rewards, policy.n_bins) == (True, 101)
+    assert model.log_ent_coef.exp().item() == pytest.approx(0.01)
+    assert (policy.net_arch, policy.head_arch) == ({"pi": [256], "qf": [256, 256]}, [64, 64])
+    assert (policy.n_experts, policy.n_critics) == (16, 2)
+    assert (model.n_value_particles, model.n_actor_particles) == (2, 4)
+    assert model.particle_options == ParticleOptions(32, 12, "policy", "rbf", "density", None, "auto")
+    assert (model.learning_starts, model.batch_size, model.gamma, model.policy_delay) == (100, 256, 0.99, 1)
+    assert model.target_entropy == -1.0
+    discrete = DiscreteSoftQ("MlpPolicy", "CartPole-v1", device="cpu")
+    assert discrete.target_entropy == pytest.approx(0.1 * math.log(2))
+    assert (discrete.tau, discrete.learning_rate, discrete.batch_size) == (0.02, 1e-3, 128)
+
+
+def test_bfloat16_is_in_the_products_alone():
+    """The same update from the same weights: a little different, and in parameters of full precision."""
+    losses, parameters = [], []
+    for bfloat16 in (False, True):
+        model = small(bfloat16=bfloat16, learning_starts=1000, width=64).learn(100)
+        th.manual_seed(0)
+        stats = model.update_critic(model._sample(64), model.ent_coef_tensor)
+        losses.append(stats["critic_loss"].item())
+        parameters.append(flat(model.critic))
+        assert all(parameter.dtype == th.float32 for parameter in model.policy.parameters())
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert not th.equal(*parameters)
 
 
 def test_by_default_the_learning_rate_falls_over_the_steps_that_learn_is_told():
