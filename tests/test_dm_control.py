@@ -12,6 +12,17 @@ from tests.test_zoo import zoo
 
 ENTRIES = yaml.safe_load((HYPERPARAMS / "softq.yml").read_text())
 TASKS = [env_id for env_id in ENTRIES if env_id.startswith("dm_control/")]
+# Of the page of the zoo
+NAMED = (
+    "cheetah-run",
+    "walker-walk",
+    "walker-run",
+    "hopper-hop",
+    "finger-spin",
+    "quadruped-run",
+    "reacher-hard",
+    "humanoid-run",
+)
 
 
 def make(env_id):
@@ -19,7 +30,12 @@ def make(env_id):
     return gym.wrappers.FlattenObservation(gym.make(env_id))
 
 
-@pytest.mark.parametrize("env_id", TASKS)
+# the others take minutes
+MARKED = [pytest.param(f"dm_control/{task}-v0") for task in NAMED]
+MARKED += [pytest.param(env_id, marks=pytest.mark.slow) for env_id in TASKS if (env_id,) not in [x.values for x in MARKED]]
+
+
+@pytest.mark.parametrize("env_id", MARKED)
 def test_every_entry_trains(env_id):
     env = make(env_id)
     model = SoftQ("MlpPolicy", env, learning_starts=20, seed=0, device="cpu").learn(30)
@@ -28,17 +44,7 @@ def test_every_entry_trains(env_id):
 
 
 def test_the_tasks_of_the_readme_are_there():
-    named = (
-        "cheetah-run",
-        "walker-walk",
-        "walker-run",
-        "hopper-hop",
-        "finger-spin",
-        "quadruped-run",
-        "reacher-hard",
-        "humanoid-run",
-    )
-    assert {f"dm_control/{task}-v0" for task in named} <= set(TASKS)
+    assert {f"dm_control/{task}-v0" for task in NAMED} <= set(TASKS)
 
 
 def test_episodes_end_by_their_time_limit_and_with_another_start_for_another_seed():
