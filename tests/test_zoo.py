@@ -345,6 +345,25 @@ def test_sampler_for_discrete_actions():
         assert convert_softq_params(trial.params) == kwargs
 
 
+@pytest.mark.parametrize("n_actions", [0, 4])
+def test_sampler_with_goals(n_actions):
+    """As the RL Zoo's samplers of SAC and DQN."""
+    study, drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)), set()
+    goals = {"using_her_replay_buffer": True, "her_kwargs": {"copy_info_dict": True}}
+    env = BitFlippingEnv(n_bits=4, continuous=n_actions > 0)
+    for _ in range(5):
+        trial = study.ask()
+        kwargs = sample_softq_params(trial, n_actions, 1, goals)
+        her = kwargs["replay_buffer_kwargs"]
+        drawn.add((her["n_sampled_goal"], her["goal_selection_strategy"]))
+        model = ZooSoftQ("MultiInputPolicy", env, learning_starts=9, replay_buffer_class=HerReplayBuffer, **kwargs)
+        assert model.learn(12).replay_buffer.n_sampled_goal == trial.params["n_sampled_goal"]
+        del her["copy_info_dict"]
+        assert convert_softq_params(trial.params) == kwargs
+    assert len(drawn) > 2
+    assert goals["her_kwargs"] == {"copy_info_dict": True}
+
+
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
 def test_a_trial_with_nan_is_pruned(env_id, tmp_path):
     plugin = tmp_path / "broken.py"

@@ -3,6 +3,7 @@
 from typing import Any
 
 import optuna
+from rl_zoo3.hyperparams_opt import sample_her_params
 
 NET_ARCHS = {"small": [64, 64], "medium": [256, 256], "big": [400, 300]}
 
@@ -13,8 +14,8 @@ def sample_softq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additi
 
     :param trial: Trial of the study
     :param n_actions: Dimension of the action space, 0 where actions are Discrete
-    :param n_envs: Number of environments
-    :param additional_args: What the RL Zoo says of HER
+    :param n_envs: Number of environments, which nothing here depends on
+    :param additional_args: Whether there is a replay buffer of HER, and its arguments, which are sampled too
     :return: Arguments of the constructor
     """
     params: dict[str, Any] = {
@@ -29,9 +30,12 @@ def sample_softq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additi
     # Critics with batch normalisation have no target networks
     if n_actions == 0 or not trial.suggest_categorical("batch_norm", [True, False]):
         params["tau"] = trial.suggest_float("tau", 0.003, 0.05, log=True)
+    her: dict[str, Any] = {}
+    if additional_args.get("using_her_replay_buffer"):
+        her = sample_her_params(trial, {}, additional_args["her_kwargs"])
     if n_actions == 0:
         params["target_entropy"] = trial.suggest_float("target_entropy", 0.005, 0.5, log=True)
-        return convert_softq_params(params)
+        return convert_softq_params(params) | her
     params |= {
         "actor_learning_rate_factor": trial.suggest_categorical("actor_learning_rate_factor", [0.3, 1.0, 3.0]),
         # in nats per action dimension
@@ -42,7 +46,7 @@ def sample_softq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additi
         # no choice: a trial holds what was suggested, and who loads it has nothing else
         "n_actions": trial.suggest_int("n_actions", n_actions, n_actions),
     }
-    return convert_softq_params(params)
+    return convert_softq_params(params) | her
 
 
 def convert_softq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +63,8 @@ def convert_softq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         "tau": sampled_params.get("tau", 1.0),
         "batch_size": 2 ** sampled_params["batch_size_pow"],
     }
+    if "n_sampled_goal" in sampled_params:
+        result["replay_buffer_kwargs"] = {name: sampled_params[name] for name in ("n_sampled_goal", "goal_selection_strategy")}
     if "target_entropy" in sampled_params:
         return result | {"target_entropy": sampled_params["target_entropy"], "policy_kwargs": {"net_arch": net_arch}}
     result |= {
