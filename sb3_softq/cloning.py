@@ -10,7 +10,7 @@ from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_integer
 from sb3_softq.finite import check_parameters
 from sb3_softq.optimization import LossAndStats, minimize
-from sb3_softq.policies import MATURE, SoftQPolicy
+from sb3_softq.policies import SoftQPolicy
 from sb3_softq.soft_value import mixture_log_prob, tanh_log_det
 
 # Particles in the density, and how many of them each expert has at least
@@ -62,7 +62,7 @@ class BehaviourCloning(MaximumEntropyAlgorithm):
                 self.logger.dump(i)
                 losses = []
         # not by the critics, who know nothing of these actions
-        self.policy.n_averaged = MATURE
+        self.policy.adopt_actor()
         check_parameters(self.policy, self.num_timesteps)
         return self
 

@@ -1,12 +1,10 @@
 """Policies of SoftQ: they hold the sampling actor, its exponential moving average and the critics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -20,6 +18,7 @@ from torch import nn
 from typing_extensions import Self
 
 from sb3_softq.actor import HEAD_ARCH, N_EXPERTS, SMOOTHINGS, SamplingActor, Smoothing
+from sb3_softq.averaged_policy import AveragedPolicy
 from sb3_softq.checks import (
     check_choice,
     check_flag,
@@ -30,15 +29,12 @@ from sb3_softq.checks import (
     check_type,
 )
 from sb3_softq.critic import ParticleCritic
-from sb3_softq.networks import polyak_update
 
 __all__ = ["CnnPolicy", "MlpPolicy", "MultiInputPolicy", "ParticleCritic", "SamplingActor", "SoftQPolicy"]
 
 # Of Adam, as CrossQ has them: without target networks the momentum is that of an older target. Its actor has them too; ours
 # then covers fewer modes.
 CRITIC_BETAS = (0.5, 0.999)
-# The EMA actor begins as the average over the last one of so many parts of the updates
-AVERAGING_PARTS = 9
 # Of the critics' histograms, as C51 and SimbaV2 have it
 N_BINS = 101
 # Of the policy, that it keeps, beside those of Stable-Baselines3's
@@ -47,11 +43,9 @@ _ARGUMENTS = (
     *("optimizer_kwargs", "features_extractor_class", "features_extractor_kwargs", "share_features_extractor", "batch_norm"),
     "n_bins",
 )
-# Number of updates behind an EMA actor that has come from elsewhere: it is no beginner's
-MATURE = 1e9
 
 
-class SoftQPolicy(BasePolicy):
+class SoftQPolicy(AveragedPolicy):
     """
     Policy class (sampling actor and particle critics) for SoftQ. ``actor`` is trained and collects the data; the EMA actor,
     ``ema_actor``, is the exponential moving average of its weights, answers ``predict`` and gives the particles of the soft
@@ -78,12 +72,6 @@ class SoftQPolicy(BasePolicy):
     :param batch_norm: Whether the critics normalise over the batch; else they need ``tau`` and a lower learning rate
     :param n_bins: Number of bins of the critics' histograms, odd (0 is a center), or 1 for the squared error of a number
     """
-
-    actor: SamplingActor
-    ema_actor: SamplingActor
-    critic: ParticleCritic
-    critic_target: ParticleCritic | None
-    _ema_bias: th.Tensor
 
     def __init__(
         self,
@@ -144,7 +132,7 @@ class SoftQPolicy(BasePolicy):
             self.ema_actor = self.make_actor()
         self.ema_actor.load_state_dict(self.actor.state_dict())
         self.ema_actor.freeze()
-        self.n_averaged = 0.0
+        self.n_averaged, self.is_taught = 0.0, False
         self.critic = self.make_critic(self.actor.features_extractor if share_features_extractor else None)
         self.critic_target = None
 
@@ -237,95 +225,6 @@ class SoftQPolicy(BasePolicy):
         target.freeze()
         self.critic_target = target
 
-    # ------------------------------------------------------------------ the EMA actor
-
-    @property
-    def averaged_actor(self) -> SamplingActor:
-        """``ema_actor`` by its name in release 0.1.0."""
-        return self.ema_actor
-
-    @property
-    def is_taught(self) -> bool:
-        """Whether the critics know of the actor's actions: they have taught it, and nobody else has written into it since."""
-        return self.n_averaged not in (0.0, MATURE)
-
-    def update_ema_actor(self, tau: float) -> None:
-        """
-        Polyak averaging of the EMA actor towards the actor, after an update of it. The coefficient is ``tau``, or 9 / (n + 9)
-        at the n-th update while that is larger: about an average over the last ninth of the updates.
-
-        :param tau: Polyak coefficient, in (0, 1]
-        """
-        # a number that single precision keeps: trained by these critics since somebody else has written into the actor
-        self.n_averaged = 2 * MATURE if self.n_averaged >= MATURE else self.n_averaged + 1.0
-        polyak_update(self.actor, self.ema_actor, max(tau, AVERAGING_PARTS / (self.n_averaged + AVERAGING_PARTS)))
-        self._follow()
-
-    def sync_ema_actor(self, force: bool = False) -> None:
-        """
-        Make the EMA actor a copy of the actor, if somebody else than training has written into the actor since its last
-        update. All that asks, trains or saves the policy calls this, so that who trains the actor sees what it has learned:
-
-            optimizer = th.optim.Adam(model.actor.parameters(), lr=1e-3)
-            for obs, actions in demonstrations:  # tensors; actions in the normalised box (-1, 1)^d
-                loss = (model.policy(obs, deterministic=True) - actions).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            model.predict(...)  # imitates; model.learn(...) goes on from there
-
-        Noticed is all that changes the bias of the output layer, and elsewhere what autograd sees, as the steps of most
-        optimizers and ``load_state_dict``. From the copy, averaging goes on with the coefficient of late training.
-
-        :param force: Copy in any case: for what fused optimizers or ``.data`` have written into other layers alone
-        """
-        written = self._actor_version() != self._ema_version or not th.equal(self._output_bias(), self._ema_bias)
-        if force or written:
-            polyak_update(self.actor, self.ema_actor, tau=1.0)
-            self.n_averaged = MATURE
-            self._follow()
-
-    def _follow(self) -> None:
-        """The EMA actor belongs to the actor as it stands."""
-        self._ema_version = self._actor_version()
-        self._ema_bias = self._output_bias().clone()
-
-    def _actor_version(self) -> int:
-        """Changes when autograd sees that the actor's weights are written to, which is not so with fused optimizers."""
-        return sum(parameter._version for parameter in self.actor.optimizer.param_groups[0]["params"])
-
-    def _output_bias(self) -> th.Tensor:
-        """What any training of the actor changes."""
-        return self.actor.head[-1].bias.detach()  # type: ignore[operator]
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.sync_ema_actor()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # a float, as all that is saved: it can be perturbed or averaged like a weight
-        destination[prefix + "n_averaged"] = th.tensor([self.n_averaged], device=self.device)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # its name in release 0.1.0, which did not save the count either
-        old, new = prefix + "averaged_actor.", prefix + "ema_actor."
-        for key in [key for key in state_dict if key.startswith(old)]:
-            state_dict[new + key.removeprefix(old)] = state_dict.pop(key)
-        critic, target = prefix + "critic.", prefix + "critic_target."
-        saved = [key for key in state_dict if key.startswith(target)]
-        if self.critic_target is None:
-            # release 0.1.0 saved target networks that nobody asked
-            for key in saved:
-                state_dict.pop(key)
-        elif not saved:
-            # where there were none, they begin as a copy of the critics
-            for key in [key for key in state_dict if key.startswith(critic)]:
-                state_dict[target + key.removeprefix(critic)] = state_dict[key]
-        n_averaged = state_dict.pop(prefix + "n_averaged", None)
-        if n_averaged is not None:
-            self.n_averaged = float(n_averaged)
-        elif any(key.startswith(new) for key in state_dict):
-            self.n_averaged = MATURE
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     @classmethod
     def load(cls, path: str, device: th.device | str = "auto") -> Self:
         saved = th.load(path, map_location=get_device(device), weights_only=False)
@@ -335,36 +234,6 @@ class SoftQPolicy(BasePolicy):
             policy.build_target()
         policy.load_state_dict(saved["state_dict"])
         return policy.to(get_device(device))
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        result = super().load_state_dict(state_dict, strict, assign)
-        if any(key.startswith(("ema_actor.", "averaged_actor.")) for key in state_dict):
-            # it came with the actor
-            self._follow()
-        return result
-
-    def load_from_vector(self, vector: np.ndarray) -> None:
-        super().load_from_vector(vector)
-        # The EMA actor came with the actor; the statistics of batch normalisation, by which critics could choose, did not
-        self._follow()
-        self.n_averaged = MATURE
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.sync_ema_actor()
-        return self.__dict__.copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "averaged_actor" in self._modules:  # its name in agents that release 0.1.0 pickled
-            self._modules["ema_actor"] = self._modules.pop("averaged_actor")
-        # the parameters of a copy count anew
-        self._ema_version = self._actor_version()
-        # they did not have these
-        self.__dict__.update({"n_averaged": MATURE, "n_experts": 1, "n_bins": 1} | self.__dict__)
-        self.register_buffer("_ema_bias", self._output_bias().clone(), persistent=False)
-        self.ema_actor.freeze()
-        if self.critic_target is not None:
-            self.critic_target.freeze()
 
 
 MlpPolicy = SoftQPolicy

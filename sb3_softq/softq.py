@@ -390,7 +390,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         super().set_parameters(with_stacked_optimizer(self.critic, params), exact_match, device)
         given: Mapping[str, Any] = dict(params.get("policy", {}))
         if self._n_updates > 0 and "n_averaged" not in given and any(name.startswith("critic.") for name in given):
-            self.policy.n_averaged = self._n_updates / self.policy_delay  # release 0.1.0 counted the agent's updates
+            self.policy.n_averaged, self.policy.is_taught = self._n_updates / self.policy_delay, True  # of release 0.1.0
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "actor"]

@@ -38,6 +38,7 @@ LEVELS = (
     ("options", "networks"),
     ("actor", "batch_norm"),
     ("critic",),
+    ("averaged_policy",),
     ("policies", "off_policy"),
     ("logged_data",),
     ("base", "cloning", "queries"),

@@ -178,6 +178,32 @@ def test_the_actor_alone_can_be_loaded():
         assert th.equal(third.policy(th.as_tensor(OBS), True), model.actor(th.as_tensor(OBS), True))
 
 
+@pytest.mark.parametrize(("number", "is_taught"), [(0.0, False), (52.0, True), (1e9, False), (2e9, True)])
+def test_agents_that_were_saved_before_say_by_a_number_who_has_taught_them(number, is_taught):
+    state = make().learn(30).policy.state_dict()
+    del state["is_taught"]
+    state["n_averaged"] = th.tensor([number])
+    policy = make(seed=1).policy
+    policy.load_state_dict(state)
+    assert (policy.n_averaged, policy.is_taught) == (number, is_taught)
+    pickled = make(seed=1).policy
+    del pickled.__dict__["is_taught"]
+    pickled.n_averaged = number
+    assert copy.deepcopy(pickled).is_taught is is_taught
+
+
+def test_who_has_taught_an_agent_is_saved(tmp_path):
+    model = make().learn(30)
+    clone(model, model.policy, model.actor.optimizer)
+    model.predict(OBS)
+    assert not model.policy.is_taught
+    for taught in (False, True):
+        for name in ("agent.zip", "agent.safetensors"):
+            model.save(tmp_path / name)
+            assert SoftQ.load(tmp_path / name, device="cpu").policy.is_taught is taught
+        train_on(model)
+
+
 def test_critics_alone_leave_the_average_alone():
     model, other = make().learn(30), make(seed=1).learn(30)
     before, n = flat(other.ema_actor), other.policy.n_averaged
