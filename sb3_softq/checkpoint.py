@@ -3,7 +3,8 @@ Crash-safe checkpoints of an off-policy algorithm, and training that goes on fro
 
 A folder named ``checkpoint-...`` is complete: it is written under another name, synced to the disk and then renamed, and
 an old one is renamed away before it is deleted. Whenever a run is killed, its newest checkpoint can be loaded. A manifest
-(:mod:`sb3_softq.manifest`) tells whether the disk has kept it: a damaged one is set aside, and the one before is used.
+(:mod:`sb3_softq.checkpointing.manifest`) tells whether the disk has kept it: a damaged one is set aside, and the one before
+is used.
 """
 
 import os
@@ -21,12 +22,9 @@ from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
-from sb3_softq import manifest
-from sb3_softq.checks import check_choice, check_integer, check_type
-from sb3_softq.disk import check_writable, is_of_the_disk, not_saved, sync
-from sb3_softq.episodes import restore_environments, save_environments
-from sb3_softq.finite import DivergedError, check_parameters
-from sb3_softq.folders import (
+from sb3_softq.checkpointing import manifest
+from sb3_softq.checkpointing.disk import check_writable, is_of_the_disk, not_saved, sync
+from sb3_softq.checkpointing.folders import (
     TEMPORARY,
     checkpoints,
     folder_lock,
@@ -37,10 +35,15 @@ from sb3_softq.folders import (
     own,
     steps_done,
 )
-from sb3_softq.interruption import Interruption
+from sb3_softq.checkpointing.interruption import Interruption
+from sb3_softq.checkpointing.segments import bytes_to_write, load_segments, remember, save_segments
+from sb3_softq.checkpointing.training_state import restore_environments, save_environments
+from sb3_softq.checks import check_choice, check_integer, check_type
+from sb3_softq.finite import DivergedError, check_parameters
 from sb3_softq.off_policy import CheckedOffPolicyAlgorithm
-from sb3_softq.plain_agent import SUFFIX
-from sb3_softq.plain_files import (
+from sb3_softq.replay import check_newest, end_trajectory, store_last_step
+from sb3_softq.serialization.agent import SUFFIX
+from sb3_softq.serialization.files import (
     is_plain_buffer,
     load_random_state,
     load_vec_normalize,
@@ -48,9 +51,7 @@ from sb3_softq.plain_files import (
     save_vec_normalize,
     set_random_state,
 )
-from sb3_softq.plain_values import OpaqueError, stored_names
-from sb3_softq.replay import check_newest, end_trajectory, store_last_step
-from sb3_softq.segments import bytes_to_write, load_segments, remember, save_segments
+from sb3_softq.serialization.values import OpaqueError, stored_names
 
 SelfOffPolicyAlgorithm = TypeVar("SelfOffPolicyAlgorithm", bound=OffPolicyAlgorithm)
 
@@ -64,8 +65,8 @@ MODEL, PLAIN_MODEL = "model.zip", f"model{SUFFIX}"
 class ResumableCheckpoint(BaseCallback):
     """
     Save all that training needs to go on, every ``save_freq`` steps and at the end of training: the model, its replay
-    buffer, the environments in the middle of their episodes where :mod:`sb3_softq.episodes` knows their state, the
-    statistics of ``VecNormalize`` and the state of the random generators.
+    buffer, the environments in the middle of their episodes where :mod:`sb3_softq.checkpointing.training_state` knows their
+    state, the statistics of ``VecNormalize`` and the state of the random generators.
 
     A save writes the part of the replay buffer that is not in the checkpoint it replaces, ``keep`` saves ago; the rest is
     linked, so that no file is shared by two checkpoints that stay. Transitions must not be changed in the buffer once they are
@@ -306,10 +307,10 @@ def resume(
     with ``model.learn(n_steps_in_all - model.num_timesteps, reset_num_timesteps=False)``: schedules depend on the number of
     all steps, which has to be the one that the run began with.
 
-    Where the state of all environments could be saved (:mod:`sb3_softq.episodes` says of which), the same machine computes on
-    as many threads of its CPU what the run would have computed that was not interrupted, to the bit; SAC and TD3 too, but for
-    gSDE and for action noise with a memory. Elsewhere, and where training ended by an error, the environments are seeded anew,
-    and the episodes that were going on are cut off, as by a time limit.
+    Where the state of all environments could be saved (:mod:`sb3_softq.checkpointing.training_state` says of which), the same
+    machine computes on as many threads of its CPU what the run would have computed that was not interrupted, to the bit; SAC
+    and TD3 too, but for gSDE and for action noise with a memory. Elsewhere, and where training ended by an error, the
+    environments are seeded anew, and the episodes that were going on are cut off, as by a time limit.
 
     :param cls: Class of the algorithm, such as ``SoftQ``
     :param path: Folder of the checkpoints

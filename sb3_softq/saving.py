@@ -12,9 +12,9 @@ from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_f
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_softq.checks import check_flag
-from sb3_softq.plain_agent import Contents, is_plain, read_agent, write_agent
-from sb3_softq.plain_objects import PlainObjects
-from sb3_softq.untrusted import NoMoreNumbers, n_bytes, objects_without_unpickling
+from sb3_softq.serialization.agent import Contents, is_plain, read_agent, write_agent
+from sb3_softq.serialization.objects import PlainObjects
+from sb3_softq.serialization.untrusted import NoMoreNumbers, n_bytes, objects_without_unpickling
 
 SelfSaved = TypeVar("SelfSaved", bound="SafelySaved")
 
@@ -53,7 +53,7 @@ class SafelySaved(OffPolicyAlgorithm):
         """
         Save all the attributes of the object and the model parameters, in a zip-file as Stable-Baselines3 does, or in a file
         of tensors and JSON if ``path`` ends in ``.safetensors``: loading that one runs no code, whoever made it
-        (:mod:`sb3_softq.plain_agent`).
+        (:mod:`sb3_softq.serialization.agent`).
 
         :param path: path to the file where the rl agent should be saved
         :param exclude: name of parameters that should be excluded in addition to the default ones

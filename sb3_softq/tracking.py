@@ -17,8 +17,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, HParam, KVWriter, Logger, TensorBoardOutputFormat
 
 from sb3_softq.callbacks import PeriodicCallback
+from sb3_softq.checkpointing.manifest import arguments_of, without_address
 from sb3_softq.checks import check_choice, check_integer
-from sb3_softq.manifest import arguments_of, without_address
 from sb3_softq.observations import rows
 from sb3_softq.plots import check_dims, load_imageio, new_figure, plot_level_curves
 from sb3_softq.rollouts import roll_out

@@ -24,10 +24,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 
-from sb3_softq import SoftQ, checkpoint, manifest
+from sb3_softq import SoftQ, checkpoint
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, latest, resume, steps_done
+from sb3_softq.checkpointing import manifest
+from sb3_softq.checkpointing.folders import HOLDER, LOCK, TEMPORARY
 from sb3_softq.data import from_agent
-from sb3_softq.folders import HOLDER, LOCK, TEMPORARY
 from tests.conftest import RandomEnv, flat, small
 
 ROOT = Path(__file__).parent.parent
@@ -259,7 +260,7 @@ def test_who_asks_while_a_checkpoint_is_replaced_sees_one(tmp_path, monkeypatch)
             model.learn(10, callback, reset_num_timesteps=False)
         return read(folder)
 
-    monkeypatch.setattr("sb3_softq.folders.manifest.read", read_late)
+    monkeypatch.setattr("sb3_softq.checkpointing.folders.manifest.read", read_late)
     assert steps_done(tmp_path) == 30
     assert len(replaced) == 1
 

@@ -14,10 +14,11 @@ from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import BitFlippingEnv
 
-from sb3_softq import SoftQ, disk
+from sb3_softq import SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, folder_lock, has_checkpoint, resume, steps_done
-from sb3_softq.disk import make_folder
-from sb3_softq.folders import HOLDER, LOCK, TEMPORARY
+from sb3_softq.checkpointing import disk
+from sb3_softq.checkpointing.disk import make_folder
+from sb3_softq.checkpointing.folders import HOLDER, LOCK, TEMPORARY
 from tests.conftest import small
 from tests.test_checkpoint import holder, left, make, pendulum, train
 

@@ -26,11 +26,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.checkpoint import ENVIRONMENTS, ResumableCheckpoint, latest, resume, steps_done
-from sb3_softq.env_state import capture, refusal, restore
-from sb3_softq.episodes import restore_environments, save_environments
+from sb3_softq.checkpointing.env_state import capture, refusal, restore
+from sb3_softq.checkpointing.interruption import HANDLERS
+from sb3_softq.checkpointing.training_state import restore_environments, save_environments
 from sb3_softq.faults import FaultyEnvironmentError, set_timeout
-from sb3_softq.interruption import HANDLERS
-from sb3_softq.plain_values import OpaqueError, decode, encode
+from sb3_softq.serialization.values import OpaqueError, decode, encode
 from tests.conftest import RandomEnv, small
 
 ROOT = Path(__file__).parent.parent

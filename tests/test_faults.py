@@ -23,10 +23,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, resume, steps_done
+from sb3_softq.checkpointing.folders import LOCK
 from sb3_softq.composition import compose
 from sb3_softq.faults import CheckedDummyVecEnv, FaultyEnvironmentError, check_step, set_timeout
 from sb3_softq.finite import DivergedError
-from sb3_softq.folders import LOCK
 from tests.conftest import small
 
 NAN, INF = float("nan"), float("inf")

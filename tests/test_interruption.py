@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, resume, steps_done
-from sb3_softq.interruption import HANDLERS
+from sb3_softq.checkpointing.interruption import HANDLERS
 from tests.conftest import small
 from tests.test_checkpoint import ROOT, left
 

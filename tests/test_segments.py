@@ -12,13 +12,14 @@ from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_softq import DiscreteSoftQ, SoftQ, manifest, segments
+from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, latest, resume, steps_done
-from sb3_softq.plain_files import buffer_arrays
+from sb3_softq.checkpointing import manifest, segments
+from sb3_softq.checkpointing.segments import WHOLE, load_segments, remember, save_segments
 from sb3_softq.replay import end_trajectory
-from sb3_softq.segments import WHOLE, load_segments, remember, save_segments
+from sb3_softq.serialization.files import buffer_arrays
 from tests.conftest import small
-from tests.test_plain_files import KINDS, buffer_of, fill
+from tests.test_serialization_files import KINDS, buffer_of, fill
 
 SIZE = 40
 

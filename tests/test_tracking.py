@@ -18,8 +18,8 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from sb3_softq import DiscreteSoftQ, SoftQ
+from sb3_softq.checkpointing.manifest import arguments_of
 from sb3_softq.envs.multi_goal import MultiGoalEnv
-from sb3_softq.manifest import arguments_of
 from sb3_softq.tracking import HParamCallback, MLflowOutputFormat, PolicyCallback, log_video
 from tests.conftest import small
 from tests.test_zoo import zoo

@@ -11,7 +11,7 @@ from typing import Any
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_softq.env_state import CALL
+from sb3_softq.checkpointing.env_state import CALL
 from sb3_softq.faults import evaluation_envs
 
 # Those that end a process whose program does not know them, and what such a program has for them; Windows has no SIGHUP

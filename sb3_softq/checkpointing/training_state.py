@@ -3,7 +3,7 @@ The state of training in the middle of an episode, in a file of arrays and JSON:
 that would have come next. All environments are saved, or nothing; and all are restored, or nothing.
 
 Known are ``DummyVecEnv``, ``SubprocVecEnv``, ``VecNormalize``, ``VecFrameStack``, ``VecMonitor``, ``VecTransposeImage``, and
-in them the environments of :mod:`sb3_softq.env_state`.
+in them the environments of :mod:`sb3_softq.checkpointing.env_state`.
 """
 
 import json
@@ -24,9 +24,9 @@ from stable_baselines3.common.vec_env import (
     VecTransposeImage,
 )
 
-from sb3_softq.env_state import CALL, capture, refusal, restore
+from sb3_softq.checkpointing.env_state import CALL, capture, refusal, restore
 from sb3_softq.faults import CheckedDummyVecEnv
-from sb3_softq.plain_values import OpaqueError, decode, encode
+from sb3_softq.serialization.values import OpaqueError, decode, encode
 
 # Attributes of what holds environments
 _OF_VEC_ENV: dict[type[VecEnv], tuple[str, ...]] = {

@@ -12,9 +12,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sb3_softq import manifest
-from sb3_softq.disk import make_folder, refused
-from sb3_softq.manifest import DamagedCheckpointError
+from sb3_softq.checkpointing import manifest
+from sb3_softq.checkpointing.disk import make_folder, refused
+from sb3_softq.checkpointing.manifest import DamagedCheckpointError
 
 # Counted, because steps alone do not tell which one is the newest where a second run starts again from 0
 NAME = re.compile(r"checkpoint-(\d+)-step(\d+)")

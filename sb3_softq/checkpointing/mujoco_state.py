@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from sb3_softq.plain_values import OpaqueError
+from sb3_softq.serialization.values import OpaqueError
 
 Env = gym.Env[Any, Any]
 

@@ -23,8 +23,8 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.running_mean_std import RunningMeanStd as VecRunningMeanStd
 
-from sb3_softq.mujoco_state import has_mujoco, mujoco_state, set_mujoco_state
-from sb3_softq.plain_values import OpaqueError, encode, stored_names
+from sb3_softq.checkpointing.mujoco_state import has_mujoco, mujoco_state, set_mujoco_state
+from sb3_softq.serialization.values import OpaqueError, encode, stored_names
 
 Env = gym.Env[Any, Any]
 State = list[tuple[str, dict[str, Any]]]
@@ -65,7 +65,8 @@ setattr(gym.Env, CALL, _call)
 def capture(env: Env) -> tuple[Any, dict[str, np.ndarray]]:
     """
     :param env: An environment
-    :return: State of each layer by the name of its class, :data:`State`, as :func:`sb3_softq.plain_values.encode` gives it
+    :return: State of each layer by the name of its class, :data:`State`, as
+        :func:`sb3_softq.serialization.values.encode` gives it
     :raises OpaqueError: if it cannot be had
     """
     layers = list(_layers(env))

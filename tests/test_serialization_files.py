@@ -17,7 +17,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softq import SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, latest, resume
-from sb3_softq.plain_files import (
+from sb3_softq.checkpointing.segments import load_segments, remember, save_segments
+from sb3_softq.serialization.files import (
     load_buffer,
     load_episodes,
     load_random_state,
@@ -28,7 +29,6 @@ from sb3_softq.plain_files import (
     save_vec_normalize,
     set_random_state,
 )
-from sb3_softq.segments import load_segments, remember, save_segments
 from tests.conftest import small
 
 BOX = spaces.Box(-1, 1, (3,), dtype=np.float32)

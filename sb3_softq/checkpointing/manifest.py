@@ -17,7 +17,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, unwrap_vec_normalize
 
-from sb3_softq.env_state import CALL
+from sb3_softq.checkpointing.env_state import CALL
 from sb3_softq.version import __version__
 
 NAME = "manifest.json"

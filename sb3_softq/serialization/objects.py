@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, Line
 from stable_baselines3.her import GoalSelectionStrategy
 from torch import nn
 
-from sb3_softq.plain_values import OpaqueError
+from sb3_softq.serialization.values import OpaqueError
 
 # How each space is made anew
 _SPACES: Mapping[type[spaces.Space[Any]], tuple[str, ...]] = {

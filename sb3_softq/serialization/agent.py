@@ -14,8 +14,8 @@ import torch as th
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sb3_softq.plain_objects import PlainObjects
-from sb3_softq.plain_values import OpaqueError, decode, encode
+from sb3_softq.serialization.objects import PlainObjects
+from sb3_softq.serialization.values import OpaqueError, decode, encode
 from sb3_softq.version import __version__
 
 SUFFIX = ".safetensors"

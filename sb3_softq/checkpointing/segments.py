@@ -17,7 +17,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from sb3_softq.plain_files import buffer_arrays, is_plain_buffer, load_buffer, load_episodes, save_buffer, save_episodes
+from sb3_softq.serialization.files import (
+    buffer_arrays,
+    is_plain_buffer,
+    load_buffer,
+    load_episodes,
+    save_buffer,
+    save_episodes,
+)
 
 WHOLE = "replay_buffer.npz"
 EPISODES = "episodes.npz"
@@ -70,8 +77,8 @@ def save_segments(buffer: ReplayBuffer, folder: Path, base: Path | None, num_tim
     """
     Write a buffer, or what it has gained since it was saved in another folder.
 
-    :param buffer: Replay buffer of arrays, see :func:`sb3_softq.plain_files.is_plain_buffer`. Its rows are not looked at again
-        once they are saved, but for the newest one of each save
+    :param buffer: Replay buffer of arrays, see :func:`sb3_softq.serialization.files.is_plain_buffer`. Its rows are not looked
+        at again once they are saved, but for the newest one of each save
     :param folder: Folder to write into
     :param base: Folder whose files may be used, None if there is none
     :param num_timesteps: Of the agent

@@ -24,9 +24,9 @@ from torch import nn
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, latest, resume
 from sb3_softq.composition import ComposedSoftQ, compose
-from sb3_softq.plain_objects import PlainObjects
-from sb3_softq.plain_values import OpaqueError, decode, encode
 from sb3_softq.policies import SoftQPolicy
+from sb3_softq.serialization.objects import PlainObjects
+from sb3_softq.serialization.values import OpaqueError, decode, encode
 from tests.conftest import assert_same, flat, small
 
 HER = dict(
