@@ -96,7 +96,7 @@ class ResumableCheckpoint(BaseCallback):
     def __init__(self, save_freq: int, path: str | Path, keep: int = 2, on_disk_error: str = "raise"):
         super().__init__()
         self.save_freq = check_integer("save_freq", save_freq, 1)
-        check_type("path", path, (str, Path), "a path", optional=False)
+        check_type("path", path, (str, os.PathLike), "a path", optional=False)
         # an environment may change the working directory
         self.path = Path(path).absolute()
         self.keep = check_integer("keep", keep, 1)
