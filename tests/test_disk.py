@@ -101,7 +101,7 @@ def test_health_is_no_matter_of_the_disk(tmp_path):
         model.learn(200, [Poison(), ResumableCheckpoint(20, tmp_path, on_disk_error="continue")])
     assert steps_done(tmp_path) == 40
     for value in ("ignore", None, True):
-        with pytest.raises(ValueError, match=f'on_disk_error={value!r} is not allowed: it must be "raise" or "continue"'):
+        with pytest.raises(ValueError, match=f"on_disk_error={value!r} is not allowed: it must be one of 'raise', 'continue'"):
             ResumableCheckpoint(20, tmp_path, on_disk_error=value)
 
 
