@@ -56,7 +56,7 @@ def roll_out(
     # policies have none
     normalize = getattr(model, "get_vec_normalize_env", lambda: None)()
     while running:
-        seen = _stack([current[i] for i in running])
+        seen = stack([current[i] for i in running])
         actions, _ = model.predict(seen if normalize is None else normalize.normalize_obs(seen), deterministic=deterministic)
         still_running = []
         for i, action in zip(running, actions, strict=True):
@@ -70,13 +70,16 @@ def roll_out(
     episodes = []
     for i, of_episode in enumerate(steps):
         seen, taken, rewards = zip(*of_episode, strict=True)
-        arrays = _stack(seen), np.array(taken), np.array(rewards)
+        arrays = stack(seen), np.array(taken), np.array(rewards)
         episodes.append(Episode(*arrays, terminated[i], infos[i], records[i]))
     return episodes
 
 
-def _stack(observations: Sequence[Any]) -> Any:
-    """Observations as one array, or as a dict of arrays."""
+def stack(observations: Sequence[Any]) -> Any:
+    """
+    :param observations: One of each state
+    :return: All as one array with an axis of states first, or as a dict of such arrays
+    """
     if isinstance(observations[0], dict):
         return {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
     return np.stack(observations)

@@ -21,7 +21,7 @@ from sb3_softq.checkpointing.manifest import arguments_of, without_address
 from sb3_softq.checks import check_choice, check_integer
 from sb3_softq.observations import rows
 from sb3_softq.plots import check_dims, load_imageio, new_figure, plot_level_curves
-from sb3_softq.rollouts import roll_out
+from sb3_softq.rollouts import roll_out, stack
 from sb3_softq.softq import SoftQ
 
 #: Writers that show a number or a line of text alone
@@ -104,8 +104,7 @@ class PolicyCallback(PeriodicCallback):
             self.states = copy.deepcopy(self.model._last_obs)
         elif not self.model.policy.obs_to_tensor(self.states)[1]:
             # one state alone
-            states = self.states
-            self.states = {key: x[None] for key, x in states.items()} if isinstance(states, dict) else np.asarray(states)[None]
+            self.states = stack([self.states])
 
     def _on_period(self) -> None:
         model, logger = self.model, self.logger

@@ -223,8 +223,8 @@ def arguments_of(model: BaseAlgorithm) -> dict[str, Any]:
     """
     names = inspect.signature(type(model)).parameters.keys() - {"policy", "env"}
     # some with an underscore, as stats_window_size
-    kept = {name: next((key for key in (name, f"_{name}") if key in vars(model)), None) for name in sorted(names)}
-    return {name: vars(model)[key] for name, key in kept.items() if key is not None}
+    kept = {name.removeprefix("_"): value for name, value in vars(model).items()} | vars(model)
+    return {name: kept[name] for name in sorted(names & kept.keys())}
 
 
 def _plain(value: Any) -> Any:
