@@ -44,7 +44,7 @@ from sb3_softq.off_policy import CheckedOffPolicyAlgorithm
 from sb3_softq.replay import check_newest, end_trajectory, store_last_step
 from sb3_softq.serialization.agent import SUFFIX
 from sb3_softq.serialization.files import (
-    is_plain_buffer,
+    consists_of_arrays,
     load_random_state,
     load_vec_normalize,
     save_random_state,
@@ -241,7 +241,7 @@ class ResumableCheckpoint(BaseCallback):
 
         self._save_model(temporary)
         buffer, saved, linked = self.model.replay_buffer, None, set[str]()
-        if is_plain_buffer(buffer):
+        if consists_of_arrays(buffer):
             saved, linked = save_segments(buffer, temporary, replaced, steps)
         else:
             self.model.save_replay_buffer(temporary / "replay_buffer.pkl")
@@ -383,8 +383,8 @@ def _restore_vec_normalize(statistics: Path, env: VecEnv) -> VecEnv:
         return load(env)
     saved = load(vec_normalize.venv)
     # names of a Dict, in any order
-    for name, plain in (("norm_obs", bool), ("norm_obs_keys", lambda keys: keys and sorted(keys))):
-        here, there = (plain(getattr(wrapper, name)) for wrapper in (vec_normalize, saved))
+    for name, comparable in (("norm_obs", bool), ("norm_obs_keys", lambda keys: keys and sorted(keys))):
+        here, there = (comparable(getattr(wrapper, name)) for wrapper in (vec_normalize, saved))
         if here != there:
             raise ValueError(f"VecNormalize({name}={here!r}) is not allowed: it must be {there!r}, as in the checkpoint")
     for name in ("clip_obs", "clip_reward", "gamma", "epsilon", "norm_reward"):

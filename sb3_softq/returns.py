@@ -128,7 +128,7 @@ class ScaledReturns(MaximumEntropyAlgorithm):
 
     policy: SoftQPolicy
     critic: ParticleCritic
-    plain_objects: ClassVar[dict[str, type]] = {"returns": ReturnScale}
+    saved_dataclasses: ClassVar[dict[str, type]] = {"returns": ReturnScale}
     # for agents of release 0.1.0, whose critics predict a number
     has_histograms = False
     # That of the agent as it was made, which load() cannot change; None for agents that were saved without it
@@ -206,7 +206,8 @@ class ScaledReturns(MaximumEntropyAlgorithm):
     def set_data(self, trajectories: Iterable[Trajectory] | None, share: float = 0.5) -> Self:
         super().set_data(trajectories, share)
         if self.logged_data is not None:
-            self._observe_buffer(self.logged_data)
+            self._observe_loaded()
+            self._observe_other(self.logged_data)
         return self
 
     def _begin_learning(self, reset_num_timesteps: bool) -> None:
@@ -247,9 +248,6 @@ class ScaledReturns(MaximumEntropyAlgorithm):
                 self._set_return_scale()
         return samples
 
-    def _observe_buffer(self, buffer: ReplayBuffer) -> None:
-        self.returns.observe_buffer(buffer, self.gamma, self._entropy_bonus())
-
     def _entropy_bonus(self) -> float:
         """What a step earns beside its reward where the temperature is fixed, so that soft returns are what is measured."""
         if self.log_ent_coef is not None:
@@ -281,14 +279,19 @@ class ScaledReturns(MaximumEntropyAlgorithm):
         if not self.returns.is_raw:
             self.returns.multiply(self._reward_unit())
             self.returns.is_raw = True
-        if self.returns.count == 0:
-            self._observe_buffer(self.replay_buffer)
-        elif self._has_other_buffer:
-            other = ReturnScale(is_raw=True)
-            other.observe_buffer(self.replay_buffer, self.gamma, self._entropy_bonus())
-            if other.value > CLEARLY_MORE * self.returns.value:
-                self.returns.at_least(other.value)
+        if self.returns.count == 0 or self._has_other_buffer:
+            self._observe_other(self.replay_buffer)
         self._has_other_buffer = False
+
+    def _observe_other(self, buffer: ReplayBuffer) -> None:
+        """What came from elsewhere: an agent that has seen returns may have seen these, so that they do not count twice."""
+        if self.returns.count == 0:
+            self.returns.observe_buffer(buffer, self.gamma, self._entropy_bonus())
+            return
+        other = ReturnScale(is_raw=True)
+        other.observe_buffer(buffer, self.gamma, self._entropy_bonus())
+        if other.value > CLEARLY_MORE * self.returns.value:
+            self.returns.at_least(other.value)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_awaits_parameters", "_has_other_buffer"]

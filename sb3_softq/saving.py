@@ -12,8 +12,8 @@ from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_f
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_softq.checks import check_flag
-from sb3_softq.serialization.agent import Contents, is_plain, read_agent, write_agent
-from sb3_softq.serialization.objects import PlainObjects
+from sb3_softq.serialization.agent import Contents, is_safetensors, read_agent, write_agent
+from sb3_softq.serialization.objects import KnownObjects
 from sb3_softq.serialization.untrusted import NoMoreNumbers, n_bytes, objects_without_unpickling
 
 SelfSaved = TypeVar("SelfSaved", bound="SafelySaved")
@@ -22,17 +22,17 @@ SelfSaved = TypeVar("SelfSaved", bound="SafelySaved")
 class SafelySaved(OffPolicyAlgorithm):
     """Off-policy algorithm whose agents can be saved, and loaded, without code that a file could bring along."""
 
-    # Dataclasses among the attributes, whose fields are plain
-    plain_objects: ClassVar[dict[str, type]] = {}
+    # Dataclasses among the attributes, whose fields JSON can hold
+    saved_dataclasses: ClassVar[dict[str, type]] = {}
 
     @classmethod
-    def _objects(cls) -> PlainObjects:
+    def _objects(cls) -> KnownObjects:
         """What the attributes may be made of in a file of tensors."""
         policies = [x for parent in cls.__mro__ for x in vars(parent).get("policy_aliases", {}).values()]
-        return PlainObjects(classes=policies, instances=cls.plain_objects.values())
+        return KnownObjects(classes=policies, instances=cls.saved_dataclasses.values())
 
     @classmethod
-    def _read_plain(cls, path: str | Path) -> Contents:
+    def _read_safetensors(cls, path: str | Path) -> Contents:
         return read_agent(path, [parent.__name__ for parent in cls.__mro__], cls._objects())
 
     @classmethod
@@ -40,8 +40,8 @@ class SafelySaved(OffPolicyAlgorithm):
         """Parameters as ``set_parameters`` takes them, of a file if it is the name of one."""
         if isinstance(load_path_or_dict, dict):
             return load_path_or_dict
-        if is_plain(load_path_or_dict):
-            return cls._read_plain(load_path_or_dict).params
+        if is_safetensors(load_path_or_dict):
+            return cls._read_safetensors(load_path_or_dict).params
         return load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
 
     def save(
@@ -60,7 +60,7 @@ class SafelySaved(OffPolicyAlgorithm):
         :param include: name of parameters that might be excluded but should be included anyway
         :raises ValueError: if a file of tensors cannot hold an attribute, such as a function, naming it
         """
-        if not is_plain(path):
+        if not is_safetensors(path):
             super().save(path, exclude, include)
             return
         networks, variables = self._get_torch_save_params()
@@ -105,16 +105,18 @@ class SafelySaved(OffPolicyAlgorithm):
         """
         check_flag("trusted", trusted)
         at_most: AbstractContextManager[Any] = nullcontext()
-        if is_plain(path):
+        if is_safetensors(path):
             at_most = NoMoreNumbers(path, Path(path).stat().st_size)
-            data, params, variables = cls._read_plain(path)
+            data, params, variables = cls._read_safetensors(path)
             # what Stable-Baselines3 loads
             zipped = io.BytesIO()
             save_to_zip_file(zipped, data | (custom_objects or {}), params, variables)
             path, custom_objects = zipped, None
         elif not trusted:
             vec_env = None if env is None else cls._wrap_env(env)
-            custom_objects = objects_without_unpickling(cls, path, vec_env, custom_objects or {}, kwargs, cls.plain_objects)
+            custom_objects = objects_without_unpickling(
+                cls, path, vec_env, custom_objects or {}, kwargs, cls.saved_dataclasses
+            )
             at_most = NoMoreNumbers(path, n_bytes(path))
         with at_most:
             try:

@@ -100,7 +100,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
     action_space: spaces.Box
     # for agents of release 0.1.0, whose actor is a single sampler
     has_experts = False
-    plain_objects = ScaledReturns.plain_objects | {"particle_options": ParticleOptions, "annealing_clock": Annealing}
+    saved_dataclasses = ScaledReturns.saved_dataclasses | {"particle_options": ParticleOptions, "annealing_clock": Annealing}
     floats = (*MaximumEntropyAlgorithm.floats, "actor_learning_rate")
     integers = MaximumEntropyAlgorithm.integers | {"policy_delay": 1, "n_value_particles": 1, "n_actor_particles": 1}
 
@@ -335,7 +335,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         if self.actor_learning_rate is not None:
             check_learning_rate("actor_learning_rate", self.actor_learning_rate)
         check_number("actor_tau", self.actor_tau, 0.0, 1.0, open_low=True)
-        n_experts = 1 if self._is_loaded else self.policy_kwargs.get("n_experts", N_EXPERTS)  # saved agents are not refused
+        n_experts = self.policy_kwargs.get("n_experts", N_EXPERTS) if self.has_experts else 1
         self.particle_options.check(self.n_actor_particles, self.policy_kwargs.get("smoothing", "learned"), n_experts)
         if self.batch_size == 1 and self.policy_kwargs.get("batch_norm", True):
             raise ValueError(

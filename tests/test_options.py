@@ -8,7 +8,7 @@ import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sb3_softq import SQL_2017, ParticleOptions
+from sb3_softq import SQL_2017, ParticleOptions, SoftQ
 from tests.conftest import flat, refused, tiny
 
 NAN, INF = float("nan"), float("inf")
@@ -65,13 +65,19 @@ def test_one_particle_cannot_be_split():
         (dict(n_actor_particles=4, kernel_update_ratio=0.8), "n_actor_particles=4 and kernel_update_ratio=0.8"),
     ],
 )
-def test_experts_are_weighed_by_comparison(kwargs, name):
+def test_experts_are_weighed_by_comparison(kwargs, name, tmp_path):
     """A gate that nothing teaches would leave all experts their weight."""
     with pytest.raises(ValueError, match=re.escape(name) + r" is not allowed with n_experts=16, .* must be at least 2"):
         tiny(**kwargs)
     with pytest.raises(ValueError, match=r"with n_experts=2, "):
         tiny(**kwargs, policy_kwargs=dict(n_experts=2))
     tiny(**kwargs, policy_kwargs=dict(n_experts=1)).learn(8)
+    (model := tiny()).save(tmp_path / "agent")
+    changed = {key: x for key, x in kwargs.items() if key == "n_actor_particles"}
+    if "kernel_update_ratio" in kwargs:
+        changed["particle_options"] = ParticleOptions(kernel_update_ratio=kwargs["kernel_update_ratio"])
+    with pytest.raises(ValueError, match="n_experts=16"):
+        SoftQ.load(tmp_path / "agent", env=model.get_env(), **changed)
 
 
 @settings(max_examples=10, deadline=None)

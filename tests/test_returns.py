@@ -1,6 +1,7 @@
 """The scale of returns, and agents that learn the same whatever the size of the rewards."""
 
 import math
+from copy import deepcopy
 
 import gymnasium as gym
 import numpy as np
@@ -145,6 +146,22 @@ def test_a_buffer_of_larger_returns_counts_whenever_it_is_loaded(tmp_path, begin
     model.learn(40, reset_num_timesteps=False)
     assert model.critic.return_scale.item() == pytest.approx(rich.returns.value, rel=0.05)
     assert own < 0.1 * rich.returns.value
+
+
+def test_the_same_data_count_once(tmp_path):
+    data = list(from_agent(small(env="Pendulum-v1").learn(50)))
+    model = small(env="Pendulum-v1").set_data(data)
+    once = model.returns.value
+    model.set_data(data)
+    model.learn(30)
+    seen = deepcopy(model.returns)
+    # they are not saved with the agent, which gets them once more
+    model.save(tmp_path / "agent")
+    loaded = SoftQ.load(tmp_path / "agent", env=model.get_env()).set_data(data)
+    assert loaded.returns == seen
+    assert model.returns.count == len(data[0].rewards) + 30
+    larger = [x._replace(rewards=10 * x.rewards) for x in data]
+    assert loaded.set_data(larger).returns.value == pytest.approx(10 * once, rel=0.2)
 
 
 def test_data_that_come_in_the_middle_leave_the_episodes_that_are_going_on():

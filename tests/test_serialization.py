@@ -25,7 +25,7 @@ from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, latest, resume
 from sb3_softq.composition import ComposedSoftQ, compose
 from sb3_softq.policies import SoftQPolicy
-from sb3_softq.serialization.objects import PlainObjects
+from sb3_softq.serialization.objects import KnownObjects
 from sb3_softq.serialization.values import OpaqueError, decode, encode
 from tests.conftest import assert_same, flat, small
 
@@ -307,7 +307,7 @@ SPACES = st.recursive(
 
 def there_and_back(value):
     arrays: dict[str, np.ndarray] = {}
-    objects = PlainObjects()
+    objects = KnownObjects()
     plain = json.loads(json.dumps(encode(value, arrays, "value", objects)))
     return decode(plain, arrays, objects)
 

@@ -64,7 +64,7 @@ def write(
             "gymnasium": gymnasium.__version__,
         },
         "class": type(model).__name__,
-        "arguments": _plain(arguments_of(model)),
+        "arguments": _to_json(arguments_of(model)),
         "num_timesteps": model.num_timesteps,
         **({} if env is None else describe(env)),
         "new_episodes": new_episodes,
@@ -151,7 +151,7 @@ def is_same_env(one: dict[str, Any] | None, other: dict[str, Any] | None) -> boo
     """
     if one is None or other is None:
         return one is other
-    arguments = [{k: _plain(v) for k, v in env["kwargs"].items() if k not in _OF_PICTURES} for env in (one, other)]
+    arguments = [{k: _to_json(v) for k, v in env["kwargs"].items() if k not in _OF_PICTURES} for env in (one, other)]
     return one["id"] == other["id"] and arguments[0] == arguments[1]
 
 
@@ -213,7 +213,7 @@ def _id_and_arguments(env: gymnasium.Env[Any, Any]) -> dict[str, Any] | None:
 
 
 def _of_spec(spec: Any) -> dict[str, Any] | None:
-    return None if spec is None else {"id": spec.id, "kwargs": _plain(spec.kwargs)}
+    return None if spec is None else {"id": spec.id, "kwargs": _to_json(spec.kwargs)}
 
 
 def arguments_of(model: BaseAlgorithm) -> dict[str, Any]:
@@ -227,12 +227,12 @@ def arguments_of(model: BaseAlgorithm) -> dict[str, Any]:
     return {name: kept[name] for name in sorted(names & kept.keys())}
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """What JSON can hold, and of the rest how it looks, wherever in memory it lies."""
     if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else repr(key): _plain(x) for key, x in value.items()}
+        return {key if isinstance(key, str) else repr(key): _to_json(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
+        return [_to_json(x) for x in value]
     if isinstance(value, np.number):
         return value.item()
     return without_address(value if value is None or isinstance(value, bool | int | float | str) else repr(value))

@@ -19,7 +19,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 
 from sb3_softq.serialization.files import (
     buffer_arrays,
-    is_plain_buffer,
+    consists_of_arrays,
     load_buffer,
     load_episodes,
     save_buffer,
@@ -77,8 +77,8 @@ def save_segments(buffer: ReplayBuffer, folder: Path, base: Path | None, num_tim
     """
     Write a buffer, or what it has gained since it was saved in another folder.
 
-    :param buffer: Replay buffer of arrays, see :func:`sb3_softq.serialization.files.is_plain_buffer`. Its rows are not looked
-        at again once they are saved, but for the newest one of each save
+    :param buffer: Replay buffer of arrays, see :func:`sb3_softq.serialization.files.consists_of_arrays`. Its rows are not
+        looked at again once they are saved, but for the newest one of each save
     :param folder: Folder to write into
     :param base: Folder whose files may be used, None if there is none
     :param num_timesteps: Of the agent
@@ -106,7 +106,7 @@ def bytes_to_write(buffer: ReplayBuffer, base: Path | None, num_timesteps: int) 
     :param num_timesteps: Of the agent
     :return: About how many bytes of it a save writes
     """
-    if not is_plain_buffer(buffer):
+    if not consists_of_arrays(buffer):
         parts = [part for x in vars(buffer).values() for part in (x.values() if isinstance(x, dict) else [x])]
         return sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
     segments = _continued(buffer, base, num_timesteps)

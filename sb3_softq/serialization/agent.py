@@ -14,7 +14,7 @@ import torch as th
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sb3_softq.serialization.objects import PlainObjects
+from sb3_softq.serialization.objects import KnownObjects
 from sb3_softq.serialization.values import OpaqueError, decode, encode
 from sb3_softq.version import __version__
 
@@ -38,7 +38,7 @@ class Contents(NamedTuple):
     variables: dict[str, Any]
 
 
-def is_plain(path: Any) -> TypeGuard[str | Path]:
+def is_safetensors(path: Any) -> TypeGuard[str | Path]:
     """
     :param path: Where an agent is to be saved or read
     :return: Whether that is a file of tensors, by its name
@@ -46,7 +46,7 @@ def is_plain(path: Any) -> TypeGuard[str | Path]:
     return isinstance(path, str | Path) and Path(path).suffix == SUFFIX
 
 
-def write_agent(path: str | Path, class_name: str, contents: Contents, objects: PlainObjects) -> None:
+def write_agent(path: str | Path, class_name: str, contents: Contents, objects: KnownObjects) -> None:
     """
     :param path: File to write
     :param class_name: Of the algorithm
@@ -70,7 +70,7 @@ def write_agent(path: str | Path, class_name: str, contents: Contents, objects: 
     Path(path).write_bytes(save(tensors, metadata={_HEADER: json.dumps(header)}))
 
 
-def read_agent(path: str | Path, class_names: Sequence[str], objects: PlainObjects) -> Contents:
+def read_agent(path: str | Path, class_names: Sequence[str], objects: KnownObjects) -> Contents:
     """
     :param path: File that :func:`write_agent` wrote
     :param class_names: Names of the algorithm's class and of its parents, in this order
@@ -99,7 +99,7 @@ def read_agent(path: str | Path, class_names: Sequence[str], objects: PlainObjec
         raise ValueError(f"{path} is not an agent that was saved here ({type(error).__name__}: {error})") from error
 
 
-def _encode(value: Any, arrays: dict[str, np.ndarray], name: str, objects: PlainObjects) -> Any:
+def _encode(value: Any, arrays: dict[str, np.ndarray], name: str, objects: KnownObjects) -> Any:
     try:
         return encode(value, arrays, name, objects)
     except OpaqueError as error:

@@ -18,23 +18,23 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 _ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 # Other buffers may hold more than these arrays
-_PLAIN_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, HerReplayBuffer)
+_BUFFERS_OF_ARRAYS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, HerReplayBuffer)
 # Episodes of HER's buffer: where that of each row begins, how long it is, and where those that go on begin
 _EPISODES = ("ep_start", "ep_length", "_current_ep_start")
 _VEC_NORMALIZE = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
 
 
-def is_plain_buffer(buffer: ReplayBuffer) -> bool:
+def consists_of_arrays(buffer: ReplayBuffer) -> bool:
     """
     :param buffer: Replay buffer
     :return: Whether it consists of arrays: it is one of Stable-Baselines3's, and keeps no info dicts
     """
-    return type(buffer) in _PLAIN_BUFFERS and not getattr(buffer, "copy_info_dict", False)
+    return type(buffer) in _BUFFERS_OF_ARRAYS and not getattr(buffer, "copy_info_dict", False)
 
 
 def buffer_arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
     """
-    :param buffer: Replay buffer of arrays, see :func:`is_plain_buffer`
+    :param buffer: Replay buffer of arrays, see :func:`consists_of_arrays`
     :return: Its arrays by a name for each; those of a Dict by their key too
     """
     found: dict[str, np.ndarray] = {}
@@ -49,7 +49,7 @@ def buffer_arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
 
 def save_buffer(buffer: ReplayBuffer, path: Path) -> int:
     """
-    :param buffer: Replay buffer of arrays, see :func:`is_plain_buffer`
+    :param buffer: Replay buffer of arrays, see :func:`consists_of_arrays`
     :param path: File to write, ``.npz``
     :return: Number of rows in it
     """

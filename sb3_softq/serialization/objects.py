@@ -1,4 +1,4 @@
-"""What agents are made of beside numbers, as plain values: spaces, schedules, action noise, and known classes by name."""
+"""What agents are made of beside numbers, as values of JSON: spaces, schedules, action noise, and known classes by name."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -51,9 +51,9 @@ def _known_classes() -> dict[str, type]:
     return found
 
 
-class PlainObjects:
+class KnownObjects:
     """
-    Objects as names and plain values, and back: only what is known by name is ever made.
+    Objects as names and values of JSON, and back: only what is known by name is ever made.
 
     :param classes: Classes that may be named beside those of the libraries
     :param instances: Classes whose instances consist of their attributes

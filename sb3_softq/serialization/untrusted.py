@@ -103,7 +103,7 @@ def objects_without_unpickling(
     :param env: Environments, whose spaces are the agent's; or ``custom_objects`` holds these
     :param custom_objects: Objects of the caller, which replace those of the file
     :param arguments: Arguments of ``load`` that replace what was saved
-    :param rebuilt: Attributes whose fields are plain in the JSON, and their dataclasses
+    :param rebuilt: Attributes whose fields JSON holds, and their dataclasses
     :return: ``custom_objects`` and what was found
     :raises ValueError: if an object can be had from nowhere, naming it, or if a file in the zip would grow when it is read
     """

@@ -23,7 +23,7 @@ class OpaqueError(ValueError):
 
 
 class Objects(Protocol):
-    """Further objects, as plain values."""
+    """Further objects, as values of JSON."""
 
     def describe(self, value: Any, name: str) -> list[Any]:
         """What an object is made of, an :class:`OpaqueError` if that is not known."""
@@ -45,7 +45,7 @@ def encode(value: Any, arrays: dict[str, np.ndarray], name: str, objects: Object
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
-    # what an agent has of other classes of arrays and dicts becomes plain, an environment would act by the difference
+    # other classes of arrays and dicts become NumPy's and dict in an agent; an environment would act by the difference
     is_agent = objects is not None
     is_array = kind is np.ndarray or isinstance(value, np.generic) or (is_agent and isinstance(value, np.ndarray))
     if is_array and not value.dtype.hasobject and kind is not np.record:
@@ -79,7 +79,7 @@ def decode(value: Any, arrays: dict[str, np.ndarray], objects: Objects | None = 
     :param value: Of :func:`encode`
     :param arrays: That it filled
     :param objects: That it asked
-    :return: The value that was encoded; with ``objects`` any dict as a plain one
+    :return: The value that was encoded; with ``objects`` any dict as a ``dict``
     """
     if isinstance(value, list):
         return [decode(x, arrays, objects) for x in value]
