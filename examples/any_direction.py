@@ -51,8 +51,8 @@ PLACES: dict[str, Map] = {
 
 class Ant(gym.Wrapper):
     """
-    Gymnasium's ant, paid for its speed in the plane, or for that towards the goal of a place, up to ``FASTEST``, and as usual
-    for staying healthy and for small actions. It sees where it is, from where it began.
+    Gymnasium's ant, paid for its speed away from where it began, or towards the goal of a place, up to ``FASTEST``, and as
+    usual for staying healthy. It sees where it is, from where it began.
 
     :param place: One of ``PLACES``, or None for an empty plane
     """
@@ -76,15 +76,14 @@ class Ant(gym.Wrapper):
         before = self.distance
         self._move(obs[:2])
         speed = (before - self.distance) / self.unwrapped.dt  # type: ignore[attr-defined]
-        if self.maze is None:
-            speed = float(np.hypot(info["x_velocity"], info["y_velocity"]))
         info["success"] = self.success
-        rewards = min(speed, FASTEST) + info["reward_survive"] + info["reward_ctrl"] + info["reward_contact"]
-        return obs, float(rewards), terminated, truncated, info
+        return obs, float(min(speed, FASTEST) + info["reward_survive"]), terminated, truncated, info
 
     def _move(self, place: np.ndarray) -> None:
         self.place = place.copy()
-        if self.maze is not None:
+        if self.maze is None:
+            self.distance = -float(np.linalg.norm(place))
+        else:
             self.distance = self.maze.distance(place + self.maze.centre(self.maze.start))
             self.success = self.distance < CELL / 2
 
@@ -167,6 +166,49 @@ def fine_tune(name: str, seed: int, place: str, args: argparse.Namespace) -> dic
     return dict(steps=reached[0] if reached else None, shares=callback.shares)
 
 
+def film(agent: BaseAlgorithm, path: Path, n_ants: int = 12, seconds: float = 6.0) -> None:
+    """Animation of stochastic episodes, all in one picture, each ant in the colour of the direction that it takes."""
+    import mujoco
+    from matplotlib import colormaps
+    from PIL import Image
+
+    ants = [Ant() for _ in range(n_ants)]
+    fps = ants[0].metadata["render_fps"]
+    n_frames = round(seconds * fps)
+    episodes = roll_out(agent, ants, seed=10_000, max_steps=n_frames, record=lambda ant: ant.unwrapped.data.qpos.copy())
+    records = [np.array(episode.records) for episode in episodes]
+    # one that fell stays where it is
+    qpos = np.stack([np.concatenate([x, np.repeat(x[-1:], n_frames + 1 - len(x), axis=0)]) for x in records])
+    angles = np.arctan2(*(qpos[:, -1, :2] - qpos[:, 0, :2]).T[::-1])
+    colours = colormaps["hsv"](angles / (2 * np.pi) % 1.0)
+
+    model = ants[0].unwrapped.model  # type: ignore[attr-defined]
+    data, option, nothing = mujoco.MjData(model), mujoco.MjvOption(), mujoco.MjvPerturb()
+    # a floor in light grey
+    model.tex_data[:] = 100 + model.tex_data // 4
+    model.mat_reflectance[:] = 0.0
+    camera = mujoco.MjvCamera()
+    camera.lookat, camera.distance, camera.azimuth, camera.elevation = (0.0, 0.0, 0.0), 28.0, 90.0, -75.0
+    frames = []
+    with mujoco.Renderer(model, 360, 360) as renderer:
+        for frame in range(0, n_frames + 1, 2):
+            for i, colour in enumerate(colours):
+                data.qpos[:] = qpos[i, frame]
+                mujoco.mj_forward(model, data)
+                n_there = renderer.scene.ngeom if i > 0 else 0
+                if i == 0:
+                    renderer.update_scene(data, camera)
+                else:
+                    dynamic = mujoco.mjtCatBit.mjCAT_DYNAMIC.value
+                    mujoco.mjv_addGeoms(model, data, option, nothing, dynamic, renderer.scene)
+                for geom in renderer.scene.geoms[n_there : renderer.scene.ngeom]:
+                    if geom.type != mujoco.mjtGeom.mjGEOM_PLANE:
+                        geom.matid, geom.rgba = -1, colour
+            frames.append(Image.fromarray(renderer.render()).quantize(64))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=2000 // fps, loop=0, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
 def compiled(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return dict(compile=True) if args.compile and name not in ("SAC", "CrossQ") else {}
 
@@ -188,6 +230,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers but for rounding")
     parser.add_argument("--logs", type=Path, default=Path("logs/any_direction"), help="agents and results, one file each")
+    parser.add_argument("--gif", type=Path, metavar="FILE", help="film the first agent here (without a screen: MUJOCO_GL=egl)")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
     if args.more_steps < args.eval_freq:
@@ -213,6 +256,9 @@ def main() -> None:
             write([name, seed, *directions, *(args.more_steps + 1 if x is None else x for x in steps)])
     draw(before, after, args)
     print(args.out)
+    if args.gif:
+        cls, _ = ALGORITHMS[args.algos[0]]
+        film(cls.load(args.logs / f"{args.algos[0]}_{args.seeds[0]}.zip", device="cpu"), args.gif)
 
 
 def draw(before: dict[Any, Any], after: dict[Any, Any], args: argparse.Namespace) -> None:

@@ -70,12 +70,18 @@ def test_distances_have_no_jumps(modules, x, y, dx, dy):
 
 def test_paces_of_the_ant_are_paid(modules):
     ant = modules["any_direction"].Ant()
-    ant.reset(seed=0)
-    before = ant.unwrapped.data.qpos[:2].copy()
-    _, reward, _, _, info = ant.step(ant.action_space.sample())
-    speed = np.linalg.norm([info["x_velocity"], info["y_velocity"]])
-    assert reward == pytest.approx(min(speed, 2.0) + 1.0 + info["reward_ctrl"], abs=0.05)
-    assert not np.array_equal(ant.unwrapped.data.qpos[:2], before)
+    data = ant.unwrapped.data
+    for angle in (0.0, 2.0, 4.0):
+        # thrown outwards and back, slowly and beyond the speed that is paid for
+        for speed in (-3.0, -1.0, 0.0, 1.0, 5.0):
+            ant.reset(seed=0)
+            outwards = np.array([np.cos(angle), np.sin(angle)])
+            data.qpos[:2], data.qvel[:2] = 5 * outwards, speed * outwards
+            ant._move(data.qpos[:2])
+            _, reward, _, _, _ = ant.step(np.zeros(8))
+            progress = (np.hypot(*data.qpos[:2]) - 5) / 0.05
+            assert reward == pytest.approx(1.0 + min(progress, 2.0))
+            assert progress < 2.0 or speed == 5.0
 
 
 @pytest.mark.parametrize("place", ["corridor", "U-turn", "fork"])
