@@ -247,8 +247,7 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         """One step of the critic towards r + gamma V(s')."""
         discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
         with th.no_grad():
-            next_q_values = self.critic_target(replay_data.next_observations)
-            next_values = ent_coef * th.logsumexp(next_q_values / ent_coef, dim=1, keepdim=True)
+            next_values = self.next_values(replay_data.next_observations, ent_coef)
             target = replay_data.rewards + (1 - replay_data.dones) * discounts * next_values
 
         all_q_values = self.critic(replay_data.observations)
@@ -261,6 +260,14 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         log_probs = th.log_softmax(all_q_values.detach() / ent_coef, dim=1)
         entropy = -(log_probs.exp() * log_probs).sum(dim=1).mean()
         return {"critic_loss": critic_loss.detach(), "q_value": q_values.detach().mean(), "entropy": entropy}
+
+    def next_values(self, next_obs: PyTorchObs, ent_coef: th.Tensor) -> th.Tensor:
+        """
+        :param next_obs: Observations
+        :param ent_coef: Temperature, shape (1,)
+        :return: V(s') of the target network, shape (batch_size, 1)
+        """
+        return ent_coef * th.logsumexp(self.critic_target(next_obs) / ent_coef, dim=1, keepdim=True)
 
     # ------------------------------------------------------------------ what a maximum-entropy agent can be asked
 

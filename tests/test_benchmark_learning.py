@@ -251,11 +251,20 @@ def test_games_begin_with_their_seed_and_end(training_run):
 @pytest.fixture
 def variant(training_run):
     """Makes one of the variants, which last for the process that they are made for."""
-    yield lambda name: training_run.VARIANTS[name]()
+    known = {name: make for variants in training_run.VARIANTS.values() for name, make in variants.items()}
+    yield lambda name: known[name]()
     patch.stopall()
 
 
-@pytest.mark.parametrize(("algo", "name"), [("sac", "no_wide_initialisation"), ("softq", "no_wide_initialization")])
+@pytest.mark.parametrize(
+    ("algo", "name"),
+    [
+        ("sac", "no_wide_initialisation"),
+        ("softq", "no_wide_initialization"),
+        ("softq", "double_q"),
+        ("discrete", "gaussian_actor"),
+    ],
+)
 def test_variant_that_would_do_nothing(training_run, algo: str, name: str):
     with pytest.raises(SystemExit, match=f"variant='{name}' of {algo} is not known"):
         training_run.make_variant(SimpleNamespace(algo=algo, changes={"variant": name}))
@@ -358,6 +367,19 @@ def test_variant_gaussian_actor(training_run, variant):
     loss.backward()
     assert all((parameter.grad != 0).any() for parameter in model.actor.parameters() if parameter.requires_grad)
     model.learn(120)
+
+
+def test_variant_double_q(training_run, variant):
+    """By hand, in numbers: a policy of two actions by one network, its values by the other one."""
+    model = training_run.DiscreteSoftQ("MlpPolicy", "CartPole-v1", device="cpu")
+    q, q_target = th.tensor([[1.0, 3.0]]), th.tensor([[5.0, 2.0]])
+    model.critic, model.critic_target = (lambda obs: q), (lambda obs: q_target)
+    own = model.next_values(OBSERVATIONS, th.tensor([2.0]))
+    assert own.item() == pytest.approx(2 * np.log(np.exp(5 / 2) + np.exp(1)))
+    variant("double_q")
+    first = 1 / (1 + np.exp(1))
+    by_hand = first * (5 - 2 * np.log(first)) + (1 - first) * (2 - 2 * np.log(1 - first))
+    assert model.next_values(OBSERVATIONS, th.tensor([2.0])).item() == pytest.approx(by_hand)
 
 
 def test_variant_ema_actor_collects_half(training_run, variant):

@@ -60,7 +60,7 @@ def measure(variant: str, case: str, seed: int) -> dict[str, Any]:
     env = (CASES | FOUR_MODES)[case]()
     kwargs = SHORT_TRAINING | VARIANTS[variant] | dict(seed=seed)
     if "variant" in kwargs:
-        PATCHES[kwargs.pop("variant")]()
+        PATCHES[SoftQ][kwargs.pop("variant")]()
     kwargs["policy_kwargs"] = SHORT_TRAINING["policy_kwargs"] | kwargs["policy_kwargs"]
     model = (SAC if variant == "SAC" else SoftQ)("MlpPolicy", env, **kwargs).learn(TRAINING_STEPS)
     found = {name: round(value, 3) for name, value in errors(env, model).items()}

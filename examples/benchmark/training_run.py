@@ -160,9 +160,10 @@ def make_variant(run: Run) -> None:
     name = run.changes.get("variant")
     if name is None:
         return
-    if CLASSES[run.algo] is not SoftQ or name not in VARIANTS:
-        sys.exit(f"variant={name!r} of {run.algo} is not known: softq and original have {', '.join(VARIANTS)}")
-    VARIANTS[name]()
+    known = VARIANTS.get(CLASSES[run.algo], {})
+    if name not in known:
+        sys.exit(f"variant={name!r} of {run.algo} is not known: {', '.join(known) or 'it has none'}")
+    known[name]()
 
 
 def make_env(run: Run) -> gym.Env:

@@ -4,6 +4,7 @@ the benchmark has a process of its own (``learning.py run --algos softq --set va
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_softq import SoftQ
+from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.actor import SamplingActor
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.batch_norm import BATCH_NORM_EPS
@@ -174,18 +175,33 @@ def gaussian_actor() -> None:
     patch.object(SoftQ, "actor_loss", actor_loss).start()
 
 
-VARIANTS = {
-    function.__name__: function
-    for function in (
-        no_wide_initialisation,
-        global_bandwidth,
-        smoothing_floor,
-        mean_value,
-        density_in_value,
-        one_critic_in_stein_step,
-        explore_with_component_means,
-        ema_actor_collects_half,
-        joint_gradient,
-        gaussian_actor,
-    )
+def double_q() -> None:
+    """
+    ``DiscreteSoftQ`` as double Q-learning (van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461): the policy is that of
+    the critic, its values are the target network's, V(s') = sum_a pi(a|s') (Q_target(s', a) - alpha log pi(a|s')).
+    """
+
+    def next_values(self: DiscreteSoftQ, next_obs: PyTorchObs, ent_coef: th.Tensor) -> th.Tensor:
+        log_probs = th.log_softmax(self.critic(next_obs) / ent_coef, dim=1)
+        return (log_probs.exp() * (self.critic_target(next_obs) - ent_coef * log_probs)).sum(dim=1, keepdim=True)
+
+    patch.object(DiscreteSoftQ, "next_values", next_values).start()
+
+
+_OF_SOFTQ = (
+    no_wide_initialisation,
+    global_bandwidth,
+    smoothing_floor,
+    mean_value,
+    density_in_value,
+    one_critic_in_stein_step,
+    explore_with_component_means,
+    ema_actor_collects_half,
+    joint_gradient,
+    gaussian_actor,
+)
+# Of each algorithm, by name
+VARIANTS: dict[type, dict[str, Callable[[], None]]] = {
+    SoftQ: {function.__name__: function for function in _OF_SOFTQ},
+    DiscreteSoftQ: {double_q.__name__: double_q},
 }
