@@ -85,6 +85,9 @@ class PlotCallback(PeriodicCallback):
     def _on_training_start(self) -> None:
         super()._on_training_start()
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.num_timesteps == 0:
+            # another training, whose frames may have the names of the last one's
+            self.frames = []
 
     def _on_training_end(self) -> None:
         iio = load_imageio()

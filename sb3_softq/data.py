@@ -10,6 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import maybe_transpose
+from stable_baselines3.common.vec_env import VecNormalize
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -169,6 +170,28 @@ def join_samples(first: Any, second: Any) -> Any:
     return type(first)(*(join_samples(a, b) for a, b in zip(first, second, strict=True)))
 
 
+def fit_normalization(env: VecNormalize, buffer: ReplayBuffer) -> None:
+    """
+    Give a VecNormalize that has seen nothing yet the statistics of logged data.
+
+    :param env: Keeps what it has seen of observations, and of returns
+    :param buffer: Of :func:`replay_buffer_of`
+    """
+    if env.norm_obs:
+        rms: Any = env.obs_rms
+        of_dict = isinstance(buffer, DictReplayBuffer)
+        pairs = [(rms[key], buffer.observations[key]) for key in rms] if of_dict else [(rms, buffer.observations)]
+        for statistics, observations in pairs:
+            if statistics.count < 1:
+                statistics.update(observations[: buffer.size(), 0])
+    if env.norm_reward and env.ret_rms.count < 1:
+        returns = [0.0]
+        for reward, done in zip(buffer.rewards[: buffer.size(), 0], buffer.dones[: buffer.size(), 0], strict=True):
+            returns[-1] += float(reward)
+            returns.append(0.0 if done else env.gamma * returns[-1])
+        env.ret_rms.update(np.array(returns[:-1]))
+
+
 def _row(observations: np.ndarray | dict[str, np.ndarray], i: int) -> np.ndarray | dict[str, np.ndarray]:
     """One observation, with an axis for the one environment."""
     if isinstance(observations, dict):
@@ -229,7 +252,24 @@ def _checked_observations(values: Any, space: spaces.Space[Any], n_steps: int, n
     array = _as_stored(array, space)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} has observations that are not finite, in step {_first_row(~np.isfinite(array))}")
+    beyond = ~_belongs(array, space)
+    if beyond.any():
+        raise ValueError(f"{name} has observations that are not in {space}, in step {_first_row(beyond)}")
     return array
+
+
+def _belongs(array: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
+    """Whether each number is one of a space of whole numbers, for instance a pixel; floats may leave their bounds."""
+    bounds: tuple[Any, Any] = (0, 1)  # of MultiBinary
+    if isinstance(space, spaces.Box):
+        if np.issubdtype(space.dtype, np.floating):
+            return np.ones(array.shape, dtype=bool)
+        bounds = space.low, space.high
+    elif isinstance(space, spaces.Discrete):
+        bounds = 0, space.n - 1
+    elif isinstance(space, spaces.MultiDiscrete):
+        bounds = 0, space.nvec - 1
+    return (bounds[0] <= array) & (array <= bounds[1]) & (np.floor(array) == array)
 
 
 def _as_stored(array: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:

@@ -7,7 +7,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.utils import configure_logger
 
 from sb3_softq.checks import check_integer, check_number
-from sb3_softq.data import Trajectory, join_samples, replay_buffer_of
+from sb3_softq.data import Trajectory, fit_normalization, join_samples, replay_buffer_of
 from sb3_softq.finite import check_parameters
 from sb3_softq.off_policy import CheckedOffPolicyAlgorithm
 
@@ -71,6 +71,8 @@ class LoggedData(CheckedOffPolicyAlgorithm):
         """What ``learn`` does before an agent learns."""
         if self.logged_data is None:
             raise ValueError("there are no data to learn from: set_data(trajectories) comes first")
+        if self._vec_normalize_env is not None and self._vec_normalize_env.training:
+            fit_normalization(self._vec_normalize_env, self.logged_data)
         # in the middle of a training, episodes and schedules of it go on
         self._begin_learning(reset_num_timesteps=self.num_timesteps == 0)
         self._begin_log(tb_log_name)

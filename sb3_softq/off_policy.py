@@ -39,7 +39,7 @@ from sb3_softq.checks import (
 )
 from sb3_softq.faults import check_step, evaluation_envs, explain, flatten, restore_statistics, statistics, watch
 from sb3_softq.finite import check_finite, check_parameters
-from sb3_softq.replay import check_replay_buffer, end_trajectory, store_last_step
+from sb3_softq.replay import check_replay_buffer, end_trajectory, follow_n_steps, store_last_step
 from sb3_softq.saving import SafelySaved
 from sb3_softq.spaces import UnsupportedSpaceError, check_observation_space, check_vec_normalize
 
@@ -123,7 +123,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         check_type("tensorboard_log", self.tensorboard_log, (str, PathLike), "a path")
         if self.seed is not None:
             self.seed = check_integer("seed", self.seed, 0, 2**32 - 1)
-        self.train_freq = check_train_freq(self.train_freq, self.n_envs)
+        # one that was loaded may act in several environments, however it was trained
+        self.train_freq = check_train_freq(self.train_freq, 1 if self._is_loaded else self.n_envs)
         # The RL Zoo loads agents that are only to act with a learning rate of 0
         check_learning_rate("learning_rate", self.learning_rate, may_be_zero=self._is_loaded)
         for name, minimum in self.integers.items():
@@ -249,6 +250,7 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
                 f"replay_buffer with transitions of n_envs={self.replay_buffer.n_envs} is not allowed for learn(): it must be "
                 f"n_envs={self.n_envs}, as env has"
             )
+        check_train_freq(self.train_freq, self.n_envs)
         self._begin_learning(reset_num_timesteps)
         resets = reset_num_timesteps or self._last_obs is None
         if self.replay_buffer is not None and (resets or self._buffer_is_loaded):
@@ -287,8 +289,15 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         :param path: Path to the pickled replay buffer.
         :param truncate_last_traj: Whether the last episode in it ends there, with HER at once and else when training goes on
             (by default), or is the one that training goes on with
+        :raises ValueError: if it is one of n-step returns and the agent's is not, or the other way round
         """
+        own = self.replay_buffer
         super().load_replay_buffer(path, truncate_last_traj)
+        try:
+            follow_n_steps(self.replay_buffer, own)
+        except ValueError:
+            self.replay_buffer = own
+            raise
         self._buffer_is_loaded = truncate_last_traj
 
     @staticmethod
@@ -301,6 +310,9 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         env = self._wrap_env(env, self.verbose)
         check_vec_normalize(env)
         super().set_env(env, force_reset)
+        if isinstance(self.replay_buffer, HerReplayBuffer):
+            # which computes the rewards of other goals
+            self.replay_buffer.env = env
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)

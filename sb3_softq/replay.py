@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 
@@ -44,6 +44,24 @@ def end_trajectory(buffer: ReplayBuffer) -> None:
     # Not terminal, so that the value of the next observation counts: but there is none where the next row is to hold it
     if not buffer.optimize_memory_usage:
         buffer.timeouts[last][unfinished] = True
+
+
+def follow_n_steps(buffer: ReplayBuffer | None, own: ReplayBuffer | None) -> None:
+    """
+    Have a replay buffer that was loaded return over as many steps, and with the discount factor, that the agent asks for.
+
+    :param buffer: The one that was loaded
+    :param own: The one that the agent was made with
+    :raises ValueError: if one of the two alone has n-step returns
+    """
+    if isinstance(buffer, NStepReplayBuffer) and isinstance(own, NStepReplayBuffer):
+        buffer.n_steps, buffer.gamma = own.n_steps, own.gamma
+    elif isinstance(buffer, NStepReplayBuffer) or isinstance(own, NStepReplayBuffer):
+        there, here = (getattr(x, "n_steps", 1) for x in (buffer, own))
+        raise ValueError(
+            f"a replay buffer of n_steps={there} is not allowed for an agent of n_steps={here}: both must have n-step "
+            "returns, or none (sb3_softq.data.from_agent takes the transitions of any)"
+        )
 
 
 def check_newest(buffer: ReplayBuffer, n_rows: int, num_timesteps: int) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, HParam, KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.utils import check_for_correct_spaces
 
 from sb3_softq.callbacks import PeriodicCallback
 from sb3_softq.checkpointing.manifest import arguments_of, without_address
@@ -66,7 +68,7 @@ class PolicyCallback(PeriodicCallback):
     :param video_env: Environment of the video, or its name; None for no video. Observations are normalised as in training
     :param video_length: Most frames of a video
     :raises ValueError: if ``freq`` or ``video_length`` is not an integer >= 1, ``dims`` are not two of the action's, the
-        video's environment does not render arrays, or the agent is not a :class:`sb3_softq.SoftQ`
+        video's environment does not render arrays or has other spaces, or the agent is not a :class:`sb3_softq.SoftQ`
     :raises ImportError: without matplotlib, or imageio where there is a video
     """
 
@@ -89,6 +91,8 @@ class PolicyCallback(PeriodicCallback):
         self.video_env = gym.make(video_env, render_mode="rgb_array") if isinstance(video_env, str) else video_env
         if self.video_env is not None:
             check_choice("render_mode of video_env", self.video_env.render_mode, ("rgb_array",))
+        # states that VecNormalize has not normalised
+        self._are_raw = False
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, SoftQ):
@@ -96,12 +100,21 @@ class PolicyCallback(PeriodicCallback):
         n_dims = int(np.prod(self.model.action_space.shape))
         if n_dims >= 2:
             check_dims(self.dims, n_dims)
+        if self.video_env is not None:
+            env = BaseAlgorithm._wrap_env(self.video_env, monitor_wrapper=False)
+            try:
+                check_for_correct_spaces(env, self.model.observation_space, self.model.action_space)
+            except ValueError as error:
+                raise ValueError(
+                    f"video_env={self.video_env} is not allowed: it must have the agent's spaces, so its wrappers ({error})"
+                ) from error
 
     def _on_training_start(self) -> None:
         super()._on_training_start()
         if self.states is None:
+            self._are_raw = self.model.get_vec_normalize_env() is not None
             # a copy: environments may write into what they gave
-            self.states = copy.deepcopy(self.model._last_obs)
+            self.states = copy.deepcopy(self.model._last_original_obs if self._are_raw else self.model._last_obs)
         elif not self.model.policy.obs_to_tensor(self.states)[1]:
             # one state alone
             self.states = stack([self.states])
@@ -109,14 +122,20 @@ class PolicyCallback(PeriodicCallback):
     def _on_period(self) -> None:
         model, logger = self.model, self.logger
         assert isinstance(model, SoftQ)
-        n_modes = np.array([len(modes) for modes in model.modes(self.states)[0]])
-        logger.record("policy/entropy", float(np.mean(model.entropy(self.states))) - model._log_scale)
-        logger.record("policy/soft_value", float(np.mean(model.soft_value(self.states))))
+        states = self.states
+        if self._are_raw:
+            # by the statistics of now, as the agent sees them
+            vec_normalize = model.get_vec_normalize_env()
+            assert vec_normalize is not None
+            states = vec_normalize.normalize_obs(states)
+        n_modes = np.array([len(modes) for modes in model.modes(states)[0]])
+        logger.record("policy/entropy", float(np.mean(model.entropy(states))) - model._log_scale)
+        logger.record("policy/soft_value", float(np.mean(model.soft_value(states))))
         logger.record("policy/n_modes", float(n_modes.mean()))
         logger.record("policy/modes_per_state", n_modes, exclude=TEXT)
         if np.prod(model.action_space.shape) >= 2:
             figure, axes = new_figure(4, 4)
-            first: Any = rows(self.states, 0)
+            first: Any = rows(states, 0)
             plot_level_curves(axes, model, first, self.dims, modes=True)
             figure.tight_layout()
             logger.record("policy/level_curves", Figure(figure, close=False), exclude=TEXT)

@@ -118,7 +118,8 @@ class RayVecEnv(VecEnv):
         if not ray.is_initialized():
             ray.init(address=address, include_dashboard=False if address is None else None)
         if n_actors is None:
-            n_actors = min(len(env_fns), max(1, int(ray.cluster_resources().get("CPU", 1))))
+            n_cpus = ray.cluster_resources().get("CPU", 1) / ((actor_options or {}).get("num_cpus") or 1)
+            n_actors = min(len(env_fns), max(1, int(n_cpus)))
 
         self.env_fns = env_fns
         self.start_timeout = start_timeout
@@ -139,9 +140,9 @@ class RayVecEnv(VecEnv):
         self._attributes: dict[tuple[int, str], Any] = {}
         self._restart_seed: int | None = None
 
-        super().__init__(len(env_fns), *self._wait_for_start(self._actors[0]))
-        for actor in self._actors[1:]:
-            self._wait_for_start(actor)
+        # all of them: VecEnv asks each for its render_mode
+        spaces = [self._wait_for_start(actor) for actor in self._actors]
+        super().__init__(len(env_fns), *spaces[0])
 
     # ------------------------------------------------------------------ episodes
 

@@ -12,7 +12,7 @@ from stable_baselines3 import DQN, SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.data import Trajectory, from_agent, from_minari
@@ -137,6 +137,57 @@ def test_normalised_as_the_environment_is():
     raw = np.concatenate([t.observations[:-1] for t in trajectories])
     distances = np.abs(samples.observations.numpy()[:, None] - env.normalize_obs(raw)).max(axis=2)
     assert distances.min(axis=1).max() < 1e-5
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_a_normalisation_that_has_seen_nothing_is_that_of_the_data(as_dict):
+    def make_env():
+        return SimpleMultiObsEnv(discrete_actions=False) if as_dict else RandomEnv(ACTIONS)
+
+    trajectories = [t._replace(rewards=500.0 + 10.0 * t.rewards) for t in collect(make_env())]
+    keys = dict(norm_obs_keys=["vec"]) if as_dict else {}
+    venv = DummyVecEnv([make_env])
+    env = VecNormalize(VecTransposeImage(venv) if as_dict else venv, **keys)
+    policy = dict(policy="MultiInputPolicy", width=None) if as_dict else {}
+    model = small(env=env, buffer_size=100, **policy).set_data(trajectories).clone_behaviour(1)
+    seen = np.concatenate([(t.observations["vec"] if as_dict else t.observations)[:-1] for t in trajectories])
+    statistics = env.obs_rms["vec"] if as_dict else env.obs_rms
+    np.testing.assert_allclose(statistics.mean, seen.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(statistics.var, seen.var(axis=0), atol=1e-4)
+    returns = []
+    for trajectory in trajectories:
+        running = 0.0
+        for reward in trajectory.rewards:
+            returns.append(running := env.gamma * running + reward)
+    assert env.ret_rms.var == pytest.approx(np.var(returns), rel=0.01)
+    # what has been seen is kept
+    before = statistics.count
+    model.set_data(trajectories[:1]).pretrain(1)
+    assert statistics.count == before
+    samples = model.logged_data.sample(32, env=env)
+    assert np.abs(samples.rewards.numpy()).max() < env.clip_reward
+
+
+@pytest.mark.parametrize(
+    ("space", "wrong"),
+    [
+        (spaces.Box(0, 255, (2,), dtype=np.uint8), [[0.5, 0.0], [-1, 0], [256, 0]]),
+        (spaces.Discrete(3), [-1, 3, 1.5]),
+        (spaces.MultiDiscrete([2, 5]), [[2, 0], [0, 5], [0.5, 0]]),
+        (spaces.MultiBinary(2), [[2, 0], [0, -1]]),
+    ],
+)
+def test_observations_that_are_none_of_the_space(space, wrong):
+    """Such as images between 0 and 1, of which a buffer of bytes would keep zeros."""
+    env = RandomEnv(ACTIONS)
+    env.observation_space = space
+    model = small(env=env, buffer_size=50)
+    right = [space.sample() for _ in range(4)]
+    rest = dict(actions=np.zeros((3, 2)), rewards=np.zeros(3), terminated=True)
+    model.set_data([Trajectory(np.array(right), **rest)])
+    for observation in wrong:
+        with pytest.raises(ValueError, match=r"trajectories\[0\] has observations that are not in .*, in step 2"):
+            model.set_data([Trajectory(np.array([*right[:2], observation, right[3]]), **rest)])
 
 
 @pytest.mark.parametrize("way", ["set_data", "load_replay_buffer"])

@@ -225,6 +225,9 @@ def test_plot_callback(tmp_path):
     SAC("MlpPolicy", "sb3_softq/MultiGoal-v0", learning_starts=5).learn(35, callback)
     assert [path.name for path in callback.frames] == [f"frame_{step:08d}.png" for step in (10, 20, 30)]
     assert iio.imread(tmp_path / "frames" / "animation.gif").shape == (3, 200, 200, 3)
+    # of another training that writes over them
+    SAC("MlpPolicy", "sb3_softq/MultiGoal-v0", learning_starts=5).learn(25, callback)
+    assert iio.imread(tmp_path / "frames" / "animation.gif").shape == (2, 200, 200, 3)
 
 
 @pytest.mark.parametrize("name", ["PlotCallback", "GoalCallback"])

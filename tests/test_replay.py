@@ -6,6 +6,7 @@ import pytest
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from tests.conftest import small
@@ -145,3 +146,38 @@ def test_an_episode_that_had_ended_stays_terminal():
     model.learn(20)
     assert model.replay_buffer.dones[:40].all()
     assert not model.replay_buffer.timeouts.any()
+
+
+def test_goals_are_rewarded_by_the_environment_of_now():
+    model = SoftQ("MultiInputPolicy", BitFlippingEnv(3, continuous=True), replay_buffer_class=HerReplayBuffer, device="cpu")
+    other = make_vec_env(lambda: BitFlippingEnv(3, continuous=True), n_envs=1)
+    model.set_env(other)
+    assert model.replay_buffer.env is model.get_env() is other
+
+
+def test_a_loaded_buffer_returns_over_the_steps_of_the_agent(tmp_path):
+    model = small(env=Counting(spaces.Box(-1, 1, (1,)), goals=False), n_steps=3, gamma=0.9).learn(30)
+    model.save(tmp_path / "agent")
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    loaded = SoftQ.load(tmp_path / "agent", env=model.get_env(), n_steps=2, gamma=0.5)
+    loaded.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert loaded.replay_buffer.size() == 30
+    assert set(loaded._sample(200).discounts.unique().tolist()) <= {0.5, 0.25}
+    one = SoftQ.load(tmp_path / "agent", env=model.get_env(), n_steps=1)
+    own = one.replay_buffer
+    with pytest.raises(ValueError, match="replay buffer of n_steps=3 is not allowed for an agent of n_steps=1"):
+        one.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert one.replay_buffer is own
+    one.learn(20, reset_num_timesteps=False).save_replay_buffer(tmp_path / "of_one.pkl")
+    with pytest.raises(ValueError, match="replay buffer of n_steps=1 is not allowed for an agent of n_steps=2"):
+        loaded.load_replay_buffer(tmp_path / "of_one.pkl")
+    assert loaded.replay_buffer.size() == 30
+
+
+def test_an_agent_of_whole_episodes_acts_in_several_environments(tmp_path):
+    small(env="Pendulum-v1", train_freq=(1, "episode")).save(tmp_path / "agent")
+    envs = make_vec_env("Pendulum-v1", n_envs=2)
+    model = SoftQ.load(tmp_path / "agent", env=envs)
+    assert model.predict(envs.reset())[0].shape == (2, 1)
+    with pytest.raises(ValueError, match=r"train_freq=.* in steps where there are several environments \(n_envs=2\)"):
+        model.learn(10)

@@ -10,7 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 from stable_baselines3 import SAC
-from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -90,6 +90,19 @@ def test_an_environment_that_renders_no_arrays_has_no_video():
         PolicyCallback(video_env=MultiGoalEnv())
 
 
+@pytest.mark.parametrize("name", ["MountainCarContinuous-v0", "CartPole-v1"])
+def test_a_video_of_another_task_is_refused_before_training(name):
+    model = small(env="Pendulum-v1", learning_starts=100)
+    with pytest.raises(ValueError, match=f"video_env=.*{name}.* is not allowed: it must have the agent's spaces"):
+        model.learn(50, PolicyCallback(freq=10, video_env=name))
+    assert model.num_timesteps == 0
+    # images that the agent sees with their channels first
+    env = FakeImageEnv(discrete=False)
+    env.render_mode = "rgb_array"
+    model = small(policy="CnnPolicy", env=FakeImageEnv(discrete=False), width=None, buffer_size=50, learning_starts=100)
+    PolicyCallback(video_env=env).init_callback(model)
+
+
 def test_the_policy_at_fixed_states(tmp_path):
     states = np.array([[0.0, 0.0], [3.0, -1.0], [-4.0, 4.0]], dtype=np.float32)
     # without learning, it is the same agent at the end
@@ -126,10 +139,15 @@ def test_states_are_those_that_training_begins_with(tmp_path):
     venv = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 3))
     model = small(env=venv, tensorboard_log=str(tmp_path))
     callback = PolicyCallback(freq=30)
+    seen, modes = [], model.modes
+    model.modes = lambda states: (seen.append(states), modes(states))[1]
     model.learn(60, callback, log_interval=1)
-    assert callback.states.shape == (3, 3)
-    # as the agent sees them
-    assert np.abs(callback.states).max() <= venv.clip_obs
+    first = np.stack([gym.make("Pendulum-v1").reset(seed=model.seed + i)[0] for i in range(3)])
+    np.testing.assert_allclose(callback.states, first, rtol=1e-6)
+    # as the agent sees them now
+    assert len(seen) == 2
+    np.testing.assert_allclose(seen[-1], venv.normalize_obs(first), rtol=1e-4)
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
     model.logger.dump(60)
     assert "policy/n_modes" in events(tmp_path).Tags()["scalars"]
     assert events(tmp_path).Tags()["images"] == []

@@ -286,6 +286,14 @@ def test_bad_arguments(kwargs, message):
 def test_no_room_for_an_actor():
     with pytest.raises(TimeoutError, match="start_timeout=2 seconds"):
         RayVecEnv([Probe], actor_options={"num_cpus": 64}, start_timeout=2)
+    # for the second one, which VecEnv would ask a question before it was waited for
+    n_cpus = ray.cluster_resources()["CPU"]
+    with pytest.raises(TimeoutError, match="start_timeout=5 seconds"):
+        RayVecEnv([Probe] * 2, n_actors=2, actor_options={"num_cpus": n_cpus}, start_timeout=5)
+    # as many as there is room for
+    env = RayVecEnv([Probe] * 2, actor_options={"num_cpus": n_cpus})
+    assert len(env._actors) == 1
+    env.close()
 
 
 class Hanging(Probe):

@@ -13,6 +13,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from sb3_softq.zoo.storage import shared
+
 N_TRIALS = 5
 pytestmark = pytest.mark.cluster
 
@@ -89,3 +91,20 @@ def test_a_killed_worker_leaves_its_trial_to_the_other(database, tmp_path):
     assert len(trials) == N_TRIALS + 1
     assert len({trial.params["learning_rate"] for trial in complete}) == N_TRIALS
     assert failed[0].params["learning_rate"] in {trial.params["learning_rate"] for trial in complete}
+
+
+def test_a_dead_trial_does_not_count_against_the_number_of_trials(tmp_path, monkeypatch):
+    """The RL Zoo counts those that run, and would begin none when the last one's worker has died."""
+    monkeypatch.setenv("SB3_SOFTQ_HEARTBEAT", "1")
+
+    def join():
+        return shared(optuna.create_study)(storage=f"sqlite:///{tmp_path}/study.db", study_name="shared", load_if_exists=True)
+
+    study = join()
+    dead = study.ask()
+    study._storage.record_heartbeat(dead._trial_id)
+    alive = study.ask()
+    time.sleep(4)
+    study._storage.record_heartbeat(alive._trial_id)
+    states = [trial.state for trial in join().get_trials()]
+    assert states == [TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]

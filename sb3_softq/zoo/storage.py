@@ -69,6 +69,9 @@ def shared(create_study: Callable[..., optuna.Study]) -> Callable[..., optuna.St
         )
         study = create_study(storage=database, **kwargs)
         study.__class__ = SharedStudy
+        # now, before the RL Zoo counts those that run against the largest number of trials
+        begin_silent_trials(study)
+        fail_stale_trials(study)
         return study
 
     return wrapped
