@@ -30,7 +30,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_softq.callbacks import histogram_entropy
 from sb3_softq.plots import new_figure
-from sb3_softq.rollouts import roll_out
+from sb3_softq.rollouts import Episode, roll_out
 
 OUT = Path(__file__).parent / "results" / "any_direction.png"
 # The same temperature and discount for all
@@ -108,9 +108,14 @@ def travel(agent: BaseAlgorithm, ants: list[Ant]) -> tuple[np.ndarray, float]:
     :return: Their paths, shape (n_ants, N_STEPS + 1, 2), where one that ended stays where it is; share that had success
     """
     episodes = roll_out(agent, ants, seed=10_000, record=lambda ant: (*ant.place, ant.success))
+    records = records_of(episodes, N_STEPS)
+    return records[:, :, :2] - records[:, :1, :2], float(records[:, :, 2].any(axis=1).mean())
+
+
+def records_of(episodes: list[Episode], n_steps: int) -> np.ndarray:
+    """What was recorded, shape (n_episodes, n_steps + 1, ...); an ant whose episode has ended stays as it is."""
     records = [np.array(episode.records) for episode in episodes]
-    paths = [np.concatenate([x, np.repeat(x[-1:], N_STEPS + 1 - len(x), axis=0)])[:, :2] - x[0, :2] for x in records]
-    return np.stack(paths), float(np.mean([x[:, 2].any() for x in records]))
+    return np.stack([np.concatenate([x, np.repeat(x[-1:], n_steps + 1 - len(x), axis=0)]) for x in records])
 
 
 def sectors(paths: np.ndarray) -> np.ndarray:
@@ -176,9 +181,7 @@ def film(agent: BaseAlgorithm, path: Path, n_ants: int = 12, seconds: float = 6.
     fps = ants[0].metadata["render_fps"]
     n_frames = round(seconds * fps)
     episodes = roll_out(agent, ants, seed=10_000, max_steps=n_frames, record=lambda ant: ant.unwrapped.data.qpos.copy())
-    records = [np.array(episode.records) for episode in episodes]
-    # one that fell stays where it is
-    qpos = np.stack([np.concatenate([x, np.repeat(x[-1:], n_frames + 1 - len(x), axis=0)]) for x in records])
+    qpos = records_of(episodes, n_frames)
     angles = np.arctan2(*(qpos[:, -1, :2] - qpos[:, 0, :2]).T[::-1])
     colours = colormaps["hsv"](angles / (2 * np.pi) % 1.0)
 
@@ -195,10 +198,11 @@ def film(agent: BaseAlgorithm, path: Path, n_ants: int = 12, seconds: float = 6.
             for i, colour in enumerate(colours):
                 data.qpos[:] = qpos[i, frame]
                 mujoco.mj_forward(model, data)
-                n_there = renderer.scene.ngeom if i > 0 else 0
                 if i == 0:
+                    n_there = 0
                     renderer.update_scene(data, camera)
                 else:
+                    n_there = renderer.scene.ngeom
                     dynamic = mujoco.mjtCatBit.mjCAT_DYNAMIC.value
                     mujoco.mjv_addGeoms(model, data, option, nothing, dynamic, renderer.scene)
                 for geom in renderer.scene.geoms[n_there : renderer.scene.ngeom]:
