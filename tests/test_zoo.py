@@ -261,7 +261,12 @@ def test_environment_that_arguments_name(arguments, env_id):
 
 @pytest.mark.parametrize(
     ("env_id", "package", "extra"),
-    [("dm_control/walker-walk-v0", "dm_control", "dm_control"), ("FetchReach-v4", "gymnasium_robotics", "robotics")],
+    [
+        ("dm_control/walker-walk-v0", "dm_control", "dm_control"),
+        ("FetchReach-v4", "gymnasium_robotics", "robotics"),
+        ("ALE/Pong-v5", "cv2", "atari"),
+        ("PongNoFrameskip-v4", "cv2", "atari"),
+    ],
 )
 def test_missing_packages_of_environments_are_named(monkeypatch, env_id, package, extra):
     monkeypatch.setattr(gym.envs.registration, "registry", {})
@@ -291,12 +296,23 @@ STAND_INS = {
     "CnnPolicy": lambda: FakeImageEnv(36, 36, discrete=False),
     "MultiInputPolicy": lambda: BitFlippingEnv(n_bits=4, continuous=True),
 }
+DISCRETE_STAND_INS = {"MlpPolicy": lambda: gym.make("CartPole-v1"), "CnnPolicy": lambda: FakeImageEnv(36, 36)}
+
+
+def test_games_of_atari_have_an_entry(tmp_path):
+    output = zoo(
+        *("train", "--algo", "softq", "--env", "ALE/Pong-v5", "-n", 40, "-f", tmp_path, "--eval-freq", -1),
+        *("--hyperparams", "learning_starts:20", "buffer_size:100"),
+    )
+    assert "AtariWrapper" in output
+    assert "Stacking 4 frames" in output
+    assert (tmp_path / "softq" / "ALE-Pong-v5_1" / "ALE-Pong-v5.zip").is_file()
 
 
 @pytest.mark.parametrize("file", ENTRIES)
 def test_entries_are_of_known_environments_and_arguments(file):
     for env_id, entry in ENTRIES[file].items():
-        if env_id != "default" and not env_id.startswith("dm_control"):
+        if env_id not in ("default", "atari") and not env_id.startswith("dm_control"):
             register_environment(env_id)
             gym.spec(env_id)
         arguments = {
@@ -306,7 +322,8 @@ def test_entries_are_of_known_environments_and_arguments(file):
             if isinstance(arguments.get(name), str):
                 # as the RL Zoo does
                 arguments[name] = eval(arguments[name], {"HerReplayBuffer": HerReplayBuffer})
-        env = gym.make("CartPole-v1") if env_id == "CartPole-v1" else STAND_INS[arguments["policy"]]()
+        stand_ins = STAND_INS | DISCRETE_STAND_INS if env_id in ("CartPole-v1", "atari") else STAND_INS
+        env = stand_ins[arguments["policy"]]()
         ZooSoftQ(env=env, **arguments | {"buffer_size": min(arguments.get("buffer_size", 1000), 1000)})
 
 
@@ -435,7 +452,7 @@ def test_search(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "env_id"), [(file, env_id) for file, entries in ENTRIES.items() for env_id in entries])
 def test_every_entry_trains(file, env_id, tmp_path):
-    env_id = "Pendulum-v1" if env_id == "default" else env_id
+    env_id = {"default": "Pendulum-v1", "atari": "ALE/Pong-v5"}.get(env_id, env_id)
     packages = ["--gym-packages", "gymnasium_robotics"] if env_id.startswith("PointMaze") else []
     for package, prefixes in {"gymnasium_robotics": ["PointMaze"], "Box2D": ["LunarLander", "Bipedal", "CarRacing"]}.items():
         if env_id.startswith(tuple(prefixes)):

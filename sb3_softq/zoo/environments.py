@@ -1,4 +1,4 @@
-"""Environments of other packages, registered when a command names one: DeepMind control and Gymnasium-Robotics."""
+"""Environments of other packages, registered when a command names one: Atari, DeepMind control, Gymnasium-Robotics."""
 
 import importlib
 import re
@@ -9,6 +9,7 @@ import gymnasium as gym
 
 # what an environment's name begins with; the packages that it needs, the one that registers it first; our extra with them
 PACKAGES = (
+    (r"ALE/|\w+NoFrameskip-v", ("ale_py", "cv2"), "atari"),
     (r"dm_control/", ("shimmy", "dm_control"), "dm_control"),
     (r"(AdroitHand|AntMaze|Fetch|FrankaKitchen|HandManipulate|HandReach|PointMaze)", ("gymnasium_robotics",), "robotics"),
 )
