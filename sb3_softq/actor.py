@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from sb3_softq.networks import Freezable, activate, affine_layers, particle_forward
+from sb3_softq.networks import Freezable, activate, affine_layers, bounded_above, particle_forward
 from sb3_softq.soft_value import LOCAL_STD_MIN, local_log_std, mixture_log_prob, mixture_mode, tanh_log_det
 
 Smoothing = Literal["learned", "local", "none"]
@@ -198,7 +198,7 @@ class SamplingActor(Freezable, BasePolicy):
         shift, log_std = output[..., : self.action_dim], output[..., self.action_dim :]
         # softplus: smooth at the lower bound, so that a narrow component can widen again
         log_std = LOG_STD_MIN + F.softplus(log_std + (self.log_std_init - LOG_STD_MIN))
-        return xi + shift, log_std.clamp(max=LOG_STD_MAX)
+        return xi + shift, bounded_above(log_std, LOG_STD_MAX)
 
     def _activate_head(self, depth: int, hidden: th.Tensor) -> th.Tensor:
         return activate(self.head[2 * depth + 1], hidden)

@@ -1,10 +1,11 @@
 """What actor and critic share: networks that can be frozen, Polyak averaging, many particles per state at little cost."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import nn
+from torch.autograd.function import once_differentiable
 from typing_extensions import Self
 
 from sb3_softq.products import linear
@@ -115,3 +116,29 @@ def activate(layer: nn.Module, hidden: th.Tensor) -> th.Tensor:
     # In place: the backward pass of a linear layer does not need its output, and a fresh block of megabytes costs more than
     # the operation itself
     return hidden.relu_() if type(layer) is nn.ReLU else layer(hidden)
+
+
+def bounded_above(x: th.Tensor, bound: float) -> th.Tensor:
+    """
+    x.clamp(max=bound), whose gradient at values beyond the bound is not lost where it leads back: what has gone too far in one
+    step would otherwise stay there for good.
+
+    :param x: Any shape
+    :param bound: Largest value
+    :return: Same shape
+    """
+    return _BoundedAbove.apply(x, bound) if th.is_grad_enabled() and x.requires_grad else x.clamp(max=bound)
+
+
+class _BoundedAbove(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, bound: float) -> th.Tensor:
+        ctx.save_for_backward(x > bound)
+        return x.clamp(max=bound)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor, None]:
+        (is_beyond,) = ctx.saved_tensors
+        # a step is against the gradient
+        return grad.masked_fill(is_beyond & (grad < 0), 0.0), None

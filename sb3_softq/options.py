@@ -1,5 +1,6 @@
 """Options of the particles that soft Q-learning of 2017 and ablations need, and that recipe as a whole."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -11,6 +12,8 @@ from sb3_softq.stein import KernelName
 
 ProposalName = Literal["policy", "uniform"]
 RepulsionName = Literal["density", "kernel"]
+# With fewer, a single sampler is not seen as it is
+MIN_PARTICLES_OF_DENSITY = 16
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class ParticleOptions:
 
     :param n_actor_states: Number of states of the minibatch in an actor update, at most ``batch_size``
     :param n_density_particles: Number of further particles per state that only help to evaluate the density of those that
-        move
+        move. By default there are 16 in all, or more where each expert could not have as many: a density without some of
+        the experts, or with some of them twice, teaches wrong proportions
     :param proposal: Where the particles of the soft value come from: the ``"policy"``, or ``"uniform"`` over the action box
     :param kernel: Kernel of the Stein step: ``"rbf"`` with the median heuristic, or ``"delta"``, its limit of bandwidth 0
     :param repulsion: What keeps the particles apart: the ``"density"`` of the sampling actor, or the gradient of the
@@ -35,8 +39,8 @@ class ParticleOptions:
     :raises ValueError: if a value is out of its range
     """
 
-    n_actor_states: int = 32
-    n_density_particles: int = 12
+    n_actor_states: int = 256
+    n_density_particles: int | None = None
     proposal: ProposalName = "policy"
     kernel: KernelName = "rbf"
     repulsion: RepulsionName = "density"
@@ -45,7 +49,8 @@ class ParticleOptions:
 
     def __post_init__(self) -> None:
         for name, minimum in (("n_actor_states", 1), ("n_density_particles", 0)):
-            object.__setattr__(self, name, check_integer(name, getattr(self, name), minimum))
+            if getattr(self, name) is not None or name == "n_actor_states":
+                object.__setattr__(self, name, check_integer(name, getattr(self, name), minimum))
         check_choice("proposal", self.proposal, get_args(ProposalName))
         check_choice("kernel", self.kernel, get_args(KernelName))
         check_choice("repulsion", self.repulsion, get_args(RepulsionName))
@@ -99,6 +104,17 @@ class ParticleOptions:
             return 0
         return n_actor_particles - min(max(round(n_actor_particles * self.kernel_update_ratio), 1), n_actor_particles - 1)
 
+    def density_particles(self, n_actor_particles: int, n_experts: int) -> int:
+        """
+        :param n_actor_particles: Number of particles per state in an actor update
+        :param n_experts: Of the sampling actor
+        :return: How many further particles help to evaluate their density
+        """
+        if self.n_density_particles is not None:
+            return self.n_density_particles
+        per_expert = math.ceil(max(n_actor_particles, MIN_PARTICLES_OF_DENSITY) / n_experts)
+        return per_expert * n_experts - n_actor_particles
+
     @classmethod
     def names(cls) -> list[str]:
         """Names of the options."""
@@ -138,6 +154,7 @@ class ParticleOptions:
 #: Soft Q-learning as published and coded in 2017: arguments of :class:`sb3_softq.SoftQ`, to which ``ent_coef`` comes, the
 #: inverse of its reward scale (Walker2d 10; HalfCheetah, Hopper and Swimmer 30; Humanoid 100; Ant 300)
 SQL_2017: dict[str, Any] = dict(
+    policy_delay=1,
     learning_rate=3e-4,
     batch_size=128,
     tau=1.0,

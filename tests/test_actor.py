@@ -7,8 +7,12 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch as th
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from sb3_softq.actor import GATE_FLOOR, TEACHING_FLOOR
+from sb3_softq.actor import GATE_FLOOR, LOG_STD_MAX, TEACHING_FLOOR
+from sb3_softq.networks import bounded_above
 from sb3_softq.soft_value import mixture_log_prob_and_score
 from tests.conftest import check_training, hidden_sizes, small
 
@@ -159,7 +163,7 @@ def test_an_expert_that_the_gate_has_given_up_is_taught_by_its_own_density(monke
     Four standard deviations beside a heavy one. At its own weight it would see the tail of the other, whose score of 40
     drives it away from the mode; one expert per mode was what remained.
     """
-    model = small(ent_coef=1.0, annealing=1.0, n_density_particles=12)
+    model = small(ent_coef=1.0, annealing=1.0, n_density_particles=14)
     actor, scores = model.actor, []
 
     def particles(features, noise, n_constant=0):
@@ -182,3 +186,36 @@ def test_an_expert_that_the_gate_has_given_up_is_taught_by_its_own_density(monke
         model.actor_loss(th.zeros(64, 3), th.ones(1))
     assert abs(scores[0]) < 10.0
     assert scores[1] < -20.0
+
+
+@settings(deadline=None)
+@given(
+    x=arrays(np.float32, 8, elements=st.floats(-10, 10, width=32)),
+    grad=arrays(np.float32, 8, elements=st.floats(-3, 3, width=32)),
+    bound=st.floats(-5, 5),
+)
+def test_a_bound_from_above_can_be_left_again(x, grad, bound):
+    values, upstream = th.tensor(x, requires_grad=True), th.tensor(grad)
+    bounded = bounded_above(values, bound)
+    assert th.equal(bounded, values.detach().clamp(max=bound))
+    (found,) = th.autograd.grad(bounded, values, upstream)
+    # a small step against the gradient moves all that lie within, and those beyond the bound towards it alone
+    leads_back = (values <= bound) | (upstream > 0)
+    assert th.equal(found, th.where(leads_back, upstream, 0.0))
+
+
+def test_an_expert_that_has_become_too_wide_narrows_again():
+    """A plain clamp has no gradient there: what had overshot in one step stayed at the edges of the box for good."""
+    actor = small().actor
+    with th.no_grad():
+        actor.head[-1].bias[actor.action_dim :] = 10.0
+    noise = actor.noise(actor.spread_experts(5, 4))
+    features = actor.features(th.zeros(5, 3))
+    log_std = actor.particles(features, noise)[1]
+    assert (log_std == LOG_STD_MAX).all()
+    optimizer = th.optim.Adam(actor.parameters(), lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        actor.particles(actor.features(th.zeros(5, 3)), noise)[1].sum().backward()
+        optimizer.step()
+    assert (actor.particles(actor.features(th.zeros(5, 3)), noise)[1] < 0.0).all()
