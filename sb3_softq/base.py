@@ -120,7 +120,7 @@ class MaximumEntropyAlgorithm(LoggedData):
         """
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        self._update_learning_rates(self.policy_delay)
+        self._update_learning_rates()
         stats: dict[str, list[th.Tensor]] = defaultdict(list)
 
         for _ in range(gradient_steps):
@@ -176,12 +176,7 @@ class MaximumEntropyAlgorithm(LoggedData):
             return self.ent_coef_lr_schedule(progress_remaining)
         return max(ENT_COEF_LEARNING_RATE, self.lr_schedule(progress_remaining))
 
-    def _update_learning_rates(self, policy_delay: int = 1) -> None:
-        """
-        By the schedules of now.
-
-        :param policy_delay: How many updates the critics make for one of the actor, if there is one
-        """
+    def _update_learning_rates(self) -> None:
         self._update_learning_rate(self._optimizers())
         if self.ent_coef_optimizer is not None:
             update_learning_rate(self.ent_coef_optimizer, self._ent_coef_lr(self._current_progress_remaining))

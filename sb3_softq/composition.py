@@ -165,8 +165,6 @@ def compose(
     settings = dict(
         learning_starts=0, ent_coef=float(first.ent_coef_tensor), gamma=first.gamma, device=first.device, seed=first.seed
     )
-    # the critics, which do not learn, have no need to be ahead
-    settings["policy_delay"] = 1
     settings |= {name: getattr(first, name) for name in _SHARED_SETTINGS}
     # the sampler is trained anew: it anneals by itself, however the agents were
     settings["particle_options"] = replace(first.particle_options, annealing="auto", proposal="policy")

@@ -39,7 +39,7 @@ class ParticleOptions:
     :raises ValueError: if a value is out of its range
     """
 
-    n_actor_states: int = 256
+    n_actor_states: int = 32
     n_density_particles: int | None = None
     proposal: ProposalName = "policy"
     kernel: KernelName = "rbf"
@@ -49,7 +49,7 @@ class ParticleOptions:
 
     def __post_init__(self) -> None:
         for name, minimum in (("n_actor_states", 1), ("n_density_particles", 0)):
-            if getattr(self, name) is not None or name == "n_actor_states":
+            if name == "n_actor_states" or self.n_density_particles is not None:
                 object.__setattr__(self, name, check_integer(name, getattr(self, name), minimum))
         check_choice("proposal", self.proposal, get_args(ProposalName))
         check_choice("kernel", self.kernel, get_args(KernelName))
@@ -154,7 +154,6 @@ class ParticleOptions:
 #: Soft Q-learning as published and coded in 2017: arguments of :class:`sb3_softq.SoftQ`, to which ``ent_coef`` comes, the
 #: inverse of its reward scale (Walker2d 10; HalfCheetah, Hopper and Swimmer 30; Humanoid 100; Ant 300)
 SQL_2017: dict[str, Any] = dict(
-    policy_delay=1,
     learning_rate=3e-4,
     batch_size=128,
     tau=1.0,

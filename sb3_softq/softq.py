@@ -69,13 +69,14 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
     :param target_entropy: Target of the policy's entropy in nats over the normalised box (-1, 1)^d when ``ent_coef`` is
         learned, from -3.58 d, that of the narrowest particle, to d log(2), that of uniform actions. ``"auto"`` is -d.
     :param target_update_interval: update the target network every so many gradient steps
-    :param actor_tau: Polyak coefficient, in (0, 1], of the EMA actor, which also gives the particles of the soft value; 1 does
-        without. It begins as an average over the last ninth of the actor's updates, until that is longer than 1 / actor_tau
+    :param actor_tau: Polyak coefficient, in (0, 1], of the EMA actor, which also gives the particles of the soft value (the
+        place of the target policy of DDPG and TD3); training collects data with the trained actor. It begins as an average
+        over the last ninth of the updates, until this is longer than ``1 / actor_tau``. 1 does without
     :param normalize_rewards: Whether the critics' loss, and a learned temperature, are in units of the scale of discounted
         returns (:class:`sb3_softq.returns.ReturnScale`), so that rewards may be of any size. All that is asked of the agent
         is in the environment's units. Without it the critics predict a number (``n_bins=1``)
     :param policy_delay: Update the actor and the temperature once every ``policy_delay`` updates of the critics
-    :param actor_learning_rate: learning rate of the actor, float or function; by default ``policy_delay`` times that above
+    :param actor_learning_rate: learning rate of the actor, float or function of the progress remaining, if it shall differ
     :param ent_coef_learning_rate: that of the log of a learned temperature; 1e-3 by default, or ``learning_rate`` if larger
     :param bfloat16: Whether matrix products of the updates are done in bfloat16, on hardware that has them fast
     :param particle_options: What SQL (2017) and ablations need, a :class:`sb3_softq.ParticleOptions` or a dict of its fields.
@@ -125,9 +126,9 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         target_update_interval: int = 1,
         actor_tau: float = 1e-3,
         normalize_rewards: bool = True,
-        policy_delay: int = 2,
+        policy_delay: int = 1,
         n_value_particles: int = 2,
-        n_actor_particles: int = 2,
+        n_actor_particles: int = 4,
         actor_learning_rate: float | Schedule | None = None,
         ent_coef_learning_rate: float | Schedule | None = None,
         bfloat16: bool = False,
@@ -372,11 +373,10 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.actor.optimizer, self.critic.optimizer]
 
-    def _update_learning_rates(self, policy_delay: int = 1) -> None:
+    def _update_learning_rates(self) -> None:
         super()._update_learning_rates()
-        progress, own = self._current_progress_remaining, self.actor_lr_schedule
-        rate = policy_delay * self.lr_schedule(progress) if own is None else own(progress)
-        update_learning_rate(self.actor.optimizer, rate)
+        if self.actor_lr_schedule is not None:
+            update_learning_rate(self.actor.optimizer, self.actor_lr_schedule(self._current_progress_remaining))
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor

@@ -272,7 +272,7 @@ def test_the_deterministic_action_of_an_imitation_is_the_more_frequent_one():
     found = model.predict(new, deterministic=True)[0].ravel()
     assert np.abs(found - (1.0 + 0.4 * new[:, 0])).max() < 0.2
     # until the critics have taught the actor something else
-    model.pretrain(model.policy_delay)
+    model.pretrain(1)
     assert not np.array_equal(model.predict(new, deterministic=True)[0].ravel(), found)
 
 
@@ -305,8 +305,7 @@ def test_schedules_run_from_the_first_to_the_last_update(log_interval):
         seen.append(progress)
         return 1e-3 * progress + 1e-9
 
-    rates_and_length = dict(learning_rate=schedule, actor_learning_rate=schedule, ent_coef=0.1, policy_delay=1)
-    model = small(env=RandomEnv(ACTIONS), **rates_and_length)
+    model = small(env=RandomEnv(ACTIONS), learning_rate=schedule, actor_learning_rate=schedule, ent_coef=0.1)
     model.set_data(collect(RandomEnv(ACTIONS)))
     minimize = SoftQ.actor_loss
 

@@ -28,12 +28,7 @@ VARIANTS: dict[str, Any] = {
     "default": {},
     "fixed_temperature": {"ent_coef": 0.2, "annealing": LinearSchedule(5.0, 1.0, 0.5)},
     "local_smoothing": {"proposal": "uniform", "policy_kwargs": {"smoothing": "local", "n_critics": 1}},
-    "original": {
-        "repulsion": "kernel",
-        "kernel_update_ratio": 0.5,
-        "n_actor_particles": 4,
-        "policy_kwargs": {"smoothing": "none"},
-    },
+    "original": {"repulsion": "kernel", "kernel_update_ratio": 0.5, "policy_kwargs": {"smoothing": "none"}},
     "no_batch_norm": {"tau": 0.005, "policy_kwargs": {"batch_norm": False}},
     "own_actor_learning_rate": {"actor_learning_rate": 1e-2, "policy_kwargs": {"net_arch": {"pi": [4], "qf": []}}},
     "episodes": {"train_freq": (1, "episode"), "n_steps": 3},
