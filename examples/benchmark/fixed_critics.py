@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import pandas as pd
 import torch as th
+from stable_baselines3.common.utils import update_learning_rate
 from variants import VARIANTS
 
 from sb3_softq import SoftQ
@@ -69,7 +70,6 @@ def measure(teacher: SoftQ, name: str, seed: int) -> list[dict[str, Any]]:
         "MlpPolicy",
         env,
         n_actor_particles=setting.n_particles,
-        actor_learning_rate=setting.learning_rate,
         particle_options=dict(n_actor_states=setting.n_states),
         seed=seed,
         device="cpu",
@@ -80,7 +80,7 @@ def measure(teacher: SoftQ, name: str, seed: int) -> list[dict[str, Any]]:
     model.critic.load_state_dict(teacher.critic.state_dict())
     with th.no_grad():
         model.log_ent_coef.copy_(teacher.log_ent_coef)
-    model._update_learning_rates()
+    update_learning_rate(model.actor.optimizer, setting.learning_rate)
     # the same for all
     obs = buffer._get_samples(th.randperm(buffer.size(), generator=th.Generator().manual_seed(0))[:1000].numpy()).observations
     rows, seconds = [], 0.0
