@@ -127,6 +127,7 @@ def bounded_above(x: th.Tensor, bound: float) -> th.Tensor:
     :param bound: Largest value
     :return: Same shape
     """
+    # elsewhere the plain operator, which exporters know
     return _BoundedAbove.apply(x, bound) if th.is_grad_enabled() and x.requires_grad else x.clamp(max=bound)
 
 

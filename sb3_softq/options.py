@@ -48,9 +48,10 @@ class ParticleOptions:
     annealing: str | float | Schedule = "auto"
 
     def __post_init__(self) -> None:
-        for name, minimum in (("n_actor_states", 1), ("n_density_particles", 0)):
-            if name == "n_actor_states" or self.n_density_particles is not None:
-                object.__setattr__(self, name, check_integer(name, getattr(self, name), minimum))
+        object.__setattr__(self, "n_actor_states", check_integer("n_actor_states", self.n_actor_states, 1))
+        if self.n_density_particles is not None:
+            n_density_particles = check_integer("n_density_particles", self.n_density_particles, 0)
+            object.__setattr__(self, "n_density_particles", n_density_particles)
         check_choice("proposal", self.proposal, get_args(ProposalName))
         check_choice("kernel", self.kernel, get_args(KernelName))
         check_choice("repulsion", self.repulsion, get_args(RepulsionName))
