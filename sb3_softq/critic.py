@@ -68,12 +68,60 @@ class CriticLayer(nn.Module):
         return self.norm.fold(self.weight, self.bias, subtract_first)
 
 
-class ParticleCritic(Freezable, BaseModel):
+class ScaledHistogram(nn.Module):
+    """
+    What the outputs of critics mean: Q is the mean of a histogram (:mod:`sb3_softq.histogram`) or a number, in both cases
+    times ``return_scale``, so that the networks see values of about 1.
+    """
+
+    # Unit of what the networks predict, shape (1,)
+    return_scale: th.Tensor
+    # of agents of release 0.1.0
+    n_bins = 1
+
+    def _set_bins(self, n_bins: int) -> None:
+        self.n_bins = n_bins
+        self.register_buffer("return_scale", th.ones(1))
+
+    def q_of(self, outputs: th.Tensor) -> th.Tensor:
+        """
+        :param outputs: Of the networks, shape (..., n_bins)
+        :return: Q in the environment's units, shape (...)
+        """
+        if self.n_bins == 1:
+            return outputs.squeeze(-1) * self.return_scale
+        # not a product, which autocast does in bfloat16
+        centers = bin_centers(self.n_bins, outputs.device)
+        return (th.softmax(outputs, dim=-1) * centers).sum(dim=-1) * self.return_scale
+
+    def loss(self, outputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """
+        :param outputs: Of the networks, shape (n_critics, batch_size, n_bins)
+        :param targets: Of Q, in the environment's units, shape (batch_size,)
+        :return: Cross-entropy to the targets' histograms, or half the squared error, in units of the scale: summed over the
+            critics, mean over the batch
+        """
+        targets = targets / self.return_scale
+        if self.n_bins == 1:
+            return 0.5 * (outputs.squeeze(-1) - targets).square().sum(dim=0).mean()
+        return cross_entropy(outputs, targets, bin_edges(self.n_bins, outputs.device)).sum(dim=0).mean()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # which release 0.1.0 did not have
+        state_dict.setdefault(prefix + "return_scale", th.ones_like(self.return_scale))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "return_scale" not in self._buffers:
+            self.register_buffer("return_scale", th.ones(1))
+
+
+class ParticleCritic(Freezable, ScaledHistogram, BaseModel):
     """
     SB3's Q networks, all of them in one pass, evaluated for several actions per state, and on request with batch normalisation
-    before each linear layer (CrossQ, Bhatt et al. 2024, https://arxiv.org/abs/1902.05605). Q is the mean of a histogram
-    (:mod:`sb3_softq.histogram`) or a number, in both cases times ``return_scale``, so that the networks see values of about 1.
-    See SB3's ``ContinuousCritic`` for the other parameters.
+    before each linear layer (CrossQ, Bhatt et al. 2024, https://arxiv.org/abs/1902.05605). Q is that of a
+    :class:`ScaledHistogram`. See SB3's ``ContinuousCritic`` for the other parameters.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -89,10 +137,6 @@ class ParticleCritic(Freezable, BaseModel):
     """
 
     features_extractor: BaseFeaturesExtractor
-    # Unit of what the networks predict, shape (1,)
-    return_scale: th.Tensor
-    # of agents of release 0.1.0
-    n_bins = 1
     # nn.ModuleLists
     layers: Sequence[CriticLayer]
     activations: Sequence[Sequence[nn.Module]]
@@ -116,8 +160,7 @@ class ParticleCritic(Freezable, BaseModel):
         )
         self.share_features_extractor = share_features_extractor
         self.n_critics = n_critics
-        self.n_bins = n_bins
-        self.register_buffer("return_scale", th.ones(1))
+        self._set_bins(n_bins)
         input_dim = features_dim + get_action_dim(action_space)
         nets = [create_mlp(input_dim, n_bins, net_arch, activation_fn) for _ in range(n_critics)]
         self._stack(nets, batch_norm)
@@ -202,29 +245,6 @@ class ParticleCritic(Freezable, BaseModel):
             layers = [layer.detach() for layer in layers]
         return particle_forward(layers, self.activate, features, actions)
 
-    def q_of(self, outputs: th.Tensor) -> th.Tensor:
-        """
-        :param outputs: Of the networks, shape (..., n_bins)
-        :return: Q in the environment's units, shape (...)
-        """
-        if self.n_bins == 1:
-            return outputs.squeeze(-1) * self.return_scale
-        # not a product, which autocast does in bfloat16
-        centers = bin_centers(self.n_bins, outputs.device)
-        return (th.softmax(outputs, dim=-1) * centers).sum(dim=-1) * self.return_scale
-
-    def loss(self, outputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
-        """
-        :param outputs: Of the networks, shape (n_critics, batch_size, n_bins)
-        :param targets: Of Q, in the environment's units, shape (batch_size,)
-        :return: Cross-entropy to the targets' histograms, or half the squared error, in units of the scale: summed over the
-            critics, mean over the batch
-        """
-        targets = targets / self.return_scale
-        if self.n_bins == 1:
-            return 0.5 * (outputs.squeeze(-1) - targets).square().sum(dim=0).mean()
-        return cross_entropy(outputs, targets, bin_edges(self.n_bins, outputs.device)).sum(dim=0).mean()
-
     def q_values(self, features: th.Tensor, actions: th.Tensor, weights_are_fixed: bool = False) -> th.Tensor:
         """
         Q in the environment's units, by the running statistics.
@@ -302,8 +322,6 @@ class ParticleCritic(Freezable, BaseModel):
             tensors = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(old)}
             for name, names in self._sources().items():
                 state_dict[prefix + name] = from_sources(names, tensors)
-        # which release 0.1.0 did not have
-        state_dict.setdefault(prefix + "return_scale", th.ones_like(self.return_scale))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def stacked_optimizer_state(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -326,8 +344,6 @@ class ParticleCritic(Freezable, BaseModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         nets = state.pop("q_networks", None)
         super().__setstate__(state)
-        if "return_scale" not in self._buffers:
-            self.register_buffer("return_scale", th.ones(1))
         if nets is None:
             return
         # an agent that was pickled

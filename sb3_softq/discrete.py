@@ -8,118 +8,41 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
-from stable_baselines3.dqn.policies import CnnPolicy as DQNCnnPolicy
-from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
-from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPolicy
-from typing_extensions import Self
+from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_softq.base import MaximumEntropyAlgorithm
-from sb3_softq.checks import check_integer, check_net_arch, check_network_classes
+from sb3_softq.checks import check_integer
+from sb3_softq.discrete_policy import CnnPolicy, DiscreteCritic, DiscreteSoftQPolicy, MlpPolicy, MultiInputPolicy
+from sb3_softq.returns import ScaledReturns
 from sb3_softq.spaces import check_discrete_action_space
 
-
-class DiscreteSoftQPolicy(DQNPolicy):
-    """
-    DQN's networks, acting by pi(a|s) = softmax(Q(s, .) / alpha). See :class:`DQNPolicy` for the other parameters.
-
-    :param net_arch: Hidden layers; [256, 256] by default, none after ``NatureCNN``
-    """
-
-    log_ent_coef: th.Tensor
-
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Discrete,
-        lr_schedule: Schedule,
-        net_arch: list[int] | None = None,
-        **kwargs: Any,
-    ):
-        if net_arch is None and not isinstance(self, CnnPolicy):
-            net_arch = [256, 256]
-        super().__init__(observation_space, action_space, lr_schedule, net_arch, **kwargs)
-
-    def _build(self, lr_schedule: Schedule) -> None:
-        check_net_arch("net_arch", self.net_arch)
-        check_network_classes(self.activation_fn, self.optimizer_class, self.features_extractor_class)
-        super()._build(lr_schedule)
-        # Log of the temperature, here alone: the policy acts by it, with or without the algorithm, which learns or sets it
-        self.register_buffer("log_ent_coef", th.zeros(1))
-
-    @property
-    def ent_coef(self) -> th.Tensor:
-        """Temperature, shape (1,)."""
-        return th.exp(self.log_ent_coef.detach())
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        # whoever asks: its dropout and running statistics are no business of training
-        self.q_net_target.eval()
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # agents saved before had the temperature itself
-        if prefix + "ent_coef" in state_dict:
-            state_dict[prefix + "log_ent_coef"] = th.log(state_dict.pop(prefix + "ent_coef"))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "ent_coef" in self._buffers:  # likewise those that were pickled
-            self.register_buffer("log_ent_coef", th.log(self._buffers.pop("ent_coef")))  # type: ignore[arg-type]
-
-    def logits(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param obs: Observations
-        :return: Q(s, a) / alpha, shape (batch_size, n_actions)
-        """
-        return self.q_net(obs) / self.ent_coef
-
-    def _predict(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
-        logits = self.logits(obs)
-        if not deterministic:
-            # the Gumbel-max trick: a sample of softmax(logits)
-            logits = logits - th.empty_like(logits).exponential_().log()
-        return logits.argmax(dim=1)
+__all__ = ["CnnPolicy", "DiscreteSoftQ", "DiscreteSoftQPolicy", "MlpPolicy", "MultiInputPolicy"]
 
 
-MlpPolicy = DiscreteSoftQPolicy
-
-
-class CnnPolicy(DiscreteSoftQPolicy, DQNCnnPolicy):
-    """:class:`DiscreteSoftQPolicy` with ``NatureCNN`` as its default features extractor."""
-
-
-class MultiInputPolicy(DiscreteSoftQPolicy, DQNMultiInputPolicy):
-    """:class:`DiscreteSoftQPolicy` with ``CombinedExtractor`` as its default features extractor."""
-
-
-class DiscreteSoftQ(MaximumEntropyAlgorithm):
+class DiscreteSoftQ(ScaledReturns):
     """
     Soft Q-learning for Discrete action spaces, exactly: the critic regresses on r + gamma V(s') with
 
         V(s) = alpha logsumexp_a(Q(s, a) / alpha),    pi(a|s) = exp((Q(s, a) - V(s)) / alpha)
 
-    (Haarnoja et al. 2017, https://arxiv.org/abs/1702.08165, eq. 2 to 4), and the temperature adapts to a target entropy.
+    (Haarnoja et al. 2017, https://arxiv.org/abs/1702.08165, eq. 2 to 4), and the temperature adapts to a target entropy. Q
+    is the mean of a histogram in units of the returns' scale, as that of :class:`sb3_softq.SoftQ`.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
-    :param learning_rate: Learning rate of the critic; it can be a function of the current progress remaining (from 1 to 0)
-    :param ent_coef: Temperature alpha: ``"auto_0.1"`` learns it from the initial value 0.1, ``"auto"`` from 1; a positive
-        float, or a function of the progress remaining, sets it
+    :param learning_rate: Learning rate of the critic, float or function of the progress remaining (from 1 to 0); by default
+        it falls linearly from 1e-3 to 3e-4 within a call of ``learn`` (a number suits a training in many calls)
     :param target_entropy: Target of the policy's entropy in nats when ``ent_coef`` is learned, between 0 and log(n_actions).
-        ``"auto"`` is a tenth of log(n_actions).
+        ``"auto"`` is a quarter of log(n_actions), about that of epsilon-greedy actions with epsilon = 0.1.
     :param tau: Polyak coefficient of the target network, between 0 and 1. By default 0.02, or 1, as in DQN, where
         ``target_update_interval`` says that it is replaced from time to time; a saved agent keeps its own
     :param target_update_interval: Update the target network every so many gradient steps (DQN counts steps of the environment)
     :param ent_coef_learning_rate: Learning rate of the log of the temperature, when it is learned;
         1e-3 by default, or ``learning_rate`` where that is larger
-    :param policy_kwargs: Additional arguments to be passed to the policy on creation, those of DQN's
+    :param policy_kwargs: Additional arguments to be passed to the policy on creation, those of DQN's and ``n_bins``, which
+        is 1, DQN's critic with the square of its error as loss, where ``normalize_rewards=False``
     :raises ValueError: if an argument is out of its range
 
-    All other parameters are those of :class:`sb3_softq.SoftQ`. Learning rate and batch size were chosen on CartPole-v1,
-    where the defaults reach 500 within 10,000 to 15,000 steps on three of three seeds; one gradient step every two steps,
-    with learning rate 2.3e-3 and a target network that is replaced every 128 updates, took 30,000 to 45,000 on two.
+    All other parameters are those of :class:`sb3_softq.SoftQ`.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -128,15 +51,15 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: DiscreteSoftQPolicy
-    critic: QNetwork
-    critic_target: QNetwork
+    critic: DiscreteCritic
+    critic_target: DiscreteCritic
     action_space: spaces.Discrete
 
     def __init__(
         self,
         policy: str | type[DiscreteSoftQPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 1e-3,
+        learning_rate: float | Schedule = LinearSchedule(1e-3, 3e-4, 1.0),
         buffer_size: int = 1_000_000,  # 1e6
         learning_starts: int = 1000,
         batch_size: int = 128,
@@ -148,9 +71,10 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        ent_coef: str | float | Schedule = "auto_0.1",
+        ent_coef: str | float | Schedule = "auto_0.01",
         target_entropy: str | float = "auto",
         target_update_interval: int = 1,
+        normalize_rewards: bool = True,
         ent_coef_learning_rate: float | Schedule | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -177,6 +101,7 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
             n_steps=n_steps,
             ent_coef=ent_coef,
             target_entropy=target_entropy,
+            normalize_rewards=normalize_rewards,
             target_update_interval=target_update_interval,
             ent_coef_learning_rate=ent_coef_learning_rate,
             policy_kwargs=policy_kwargs,
@@ -201,7 +126,7 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         if self.log_ent_coef is not None:
             self.policy.log_ent_coef = self.log_ent_coef
         else:
-            self.policy.log_ent_coef.copy_(self.ent_coef_tensor.log())
+            self.policy.log_ent_coef.copy_(th.log(self.ent_coef_tensor / self.critic.return_scale))
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -211,7 +136,7 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         self._share_ent_coef()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         # agents that were pickled before it was shared
         self._share_ent_coef()
 
@@ -220,23 +145,27 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         self.critic_target = self.policy.q_net_target
 
     @property
-    def q_net(self) -> QNetwork:
+    def q_net(self) -> DiscreteCritic:
         """The critic, by DQN's name."""
         return self.critic
 
     @property
-    def q_net_target(self) -> QNetwork:
+    def q_net_target(self) -> DiscreteCritic:
         """The target critic, by DQN's name."""
         return self.critic_target
 
     def _auto_target_entropy(self) -> float:
-        return 0.1 * float(np.log(self.action_space.n))
+        return 0.25 * float(np.log(self.action_space.n))
 
     def _entropy_bounds(self) -> tuple[float, float]:
         return 0.0, float(np.log(self.action_space.n))
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.policy.optimizer]
+
+    def _bins_of(self, given: TensorDict) -> int | None:
+        bias = given.get(f"q_net.q_net.{len(self.critic.q_net) - 1}.bias")
+        return bias.shape[0] // int(self.action_space.n) if isinstance(bias, th.Tensor) else None
 
     def train(self, gradient_steps: int, batch_size: int = 128) -> None:
         super().train(gradient_steps, batch_size)
@@ -250,16 +179,19 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
             next_values = self.next_values(replay_data.next_observations, ent_coef)
             target = replay_data.rewards + (1 - replay_data.dones) * discounts * next_values
 
-        all_q_values = self.critic(replay_data.observations)
-        q_values = all_q_values.gather(1, replay_data.actions.long())
-        critic_loss = 0.5 * (q_values - target).square().mean()
+        outputs = self.critic.outputs(replay_data.observations)  # (batch_size, n_actions, n_bins)
+        actions = replay_data.actions.long()
+        taken = outputs[th.arange(len(actions), device=self.device), actions.squeeze(1)]
+        critic_loss = self.critic.loss(taken.unsqueeze(0), target.squeeze(1))
 
         self.policy.optimizer.zero_grad()
         critic_loss.backward()
         self.policy.optimizer.step()
-        log_probs = th.log_softmax(all_q_values.detach() / ent_coef, dim=1)
-        entropy = -(log_probs.exp() * log_probs).sum(dim=1).mean()
-        return {"critic_loss": critic_loss.detach(), "q_value": q_values.detach().mean(), "entropy": entropy}
+        with th.no_grad():
+            q_values = self.critic.q_of(outputs)
+            log_probs = th.log_softmax(q_values / ent_coef, dim=1)
+            entropy = -(log_probs.exp() * log_probs).sum(dim=1).mean()
+        return {"critic_loss": critic_loss.detach(), "q_value": q_values.gather(1, actions).mean(), "entropy": entropy}
 
     def next_values(self, next_obs: PyTorchObs, ent_coef: th.Tensor) -> th.Tensor:
         """
@@ -267,7 +199,9 @@ class DiscreteSoftQ(MaximumEntropyAlgorithm):
         :param ent_coef: Temperature, shape (1,)
         :return: V(s') of the target network, shape (batch_size, 1)
         """
-        return ent_coef * th.logsumexp(self.critic_target(next_obs) / ent_coef, dim=1, keepdim=True)
+        # in the unit of today, which a target that is replaced from time to time does not have
+        q_values = self.critic.q_of(self.critic_target.outputs(next_obs))
+        return ent_coef * th.logsumexp(q_values / ent_coef, dim=1, keepdim=True)
 
     # ------------------------------------------------------------------ what a maximum-entropy agent can be asked
 

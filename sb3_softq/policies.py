@@ -45,6 +45,32 @@ _ARGUMENTS = (
 )
 
 
+def check_bins(n_bins: int) -> int:
+    """
+    :param n_bins: Number of bins of the critics' histograms
+    :return: The same as an int
+    :raises ValueError: if it is not an odd integer, so that 0 is a center
+    """
+    number = check_integer("n_bins", n_bins, 1)
+    if number % 2 == 0:
+        raise ValueError(f"n_bins={n_bins!r} is not allowed: it must be odd")
+    return number
+
+
+def with_adam_kwargs(optimizer_class: type, optimizer_kwargs: dict[str, Any], **adam_kwargs: Any) -> dict[str, Any]:
+    """
+    :param optimizer_class: Class of an optimizer
+    :param optimizer_kwargs: Its keyword arguments, as a user gave them
+    :param adam_kwargs: Further ones for Adam and AdamW, unless told else
+    :return: Both, and for these ``fused=True``, unless told else
+    """
+    if optimizer_class not in (th.optim.Adam, th.optim.AdamW):
+        return optimizer_kwargs
+    if not {"fused", "foreach", "differentiable"} & optimizer_kwargs.keys():
+        adam_kwargs["fused"] = True
+    return adam_kwargs | optimizer_kwargs
+
+
 class SoftQPolicy(AveragedPolicy):
     """
     Policy class (sampling actor and particle critics) for SoftQ. ``actor`` is trained and collects the data; the EMA actor,
@@ -107,9 +133,7 @@ class SoftQPolicy(AveragedPolicy):
         check_choice("smoothing", smoothing, SMOOTHINGS)
         self.n_critics = check_integer("n_critics", n_critics, 1)
         self.n_experts = check_integer("n_experts", n_experts, 1)
-        self.n_bins = check_integer("n_bins", n_bins, 1)
-        if self.n_bins % 2 == 0:
-            raise ValueError(f"n_bins={n_bins!r} is not allowed: it must be odd")
+        self.n_bins = check_bins(n_bins)
         check_number("log_std_init", log_std_init)
         check_type("optimizer_kwargs", optimizer_kwargs, (dict,), "a dict")
         check_type("features_extractor_kwargs", features_extractor_kwargs, (dict,), "a dict")
@@ -147,11 +171,7 @@ class SoftQPolicy(AveragedPolicy):
         self.critic.optimizer = self._make_optimizer(critic_parameters, lr_schedule, **adam_kwargs)
 
     def _make_optimizer(self, parameters: list[nn.Parameter], lr_schedule: Schedule, **adam_kwargs: Any) -> th.optim.Optimizer:
-        kwargs = self.optimizer_kwargs
-        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW):
-            if not {"fused", "foreach", "differentiable"} & kwargs.keys():
-                adam_kwargs["fused"] = True
-            kwargs = adam_kwargs | kwargs
+        kwargs = with_adam_kwargs(self.optimizer_class, self.optimizer_kwargs, **adam_kwargs)
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from typing_extensions import Self
 
 from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_flag
-from sb3_softq.critic import ParticleCritic
+from sb3_softq.critic import ParticleCritic, ScaledHistogram
 from sb3_softq.data import Trajectory
-from sb3_softq.policies import SoftQPolicy
 
 # The largest return that has been seen is at most so many times the scale (SimbaV2)
 LARGEST_RETURN = 5.0
@@ -119,17 +118,18 @@ class ReturnScale:
 
 class ScaledReturns(MaximumEntropyAlgorithm):
     """
-    Mixin of :class:`sb3_softq.SoftQ`: the critics' ``return_scale`` follows the returns of training, soft ones where the
-    temperature is fixed. A learned temperature is a multiple of the scale, as the critics' outputs are.
+    What :class:`sb3_softq.SoftQ` and :class:`sb3_softq.DiscreteSoftQ` share: the critics' ``return_scale`` follows the returns
+    of training, soft ones where the temperature is fixed. A learned temperature is a multiple of the scale, as the critics'
+    outputs are.
 
     :param args: Those of :class:`MaximumEntropyAlgorithm`, as ``kwargs``
     :param normalize_rewards: Whether there is a scale, or all is in the environment's units
     """
 
-    policy: SoftQPolicy
-    critic: ParticleCritic
+    policy: Any
+    critic: ScaledHistogram
     saved_dataclasses: ClassVar[dict[str, type]] = {"returns": ReturnScale}
-    # for agents of release 0.1.0, whose critics predict a number
+    # for agents of release 0.1.0, whose critics predict a number, and later ones for Discrete actions
     has_histograms = False
     # That of the agent as it was made, which load() cannot change; None for agents that were saved without it
     _was_normalized: bool | None = None
@@ -194,14 +194,19 @@ class ScaledReturns(MaximumEntropyAlgorithm):
 
     def _check_bins(self, given: TensorDict) -> None:
         """The critics whose weights are given must have as many outputs as those here."""
-        if not isinstance(self.critic, ParticleCritic):
-            return  # of a policy with critics of its own
-        bias = given.get(f"critic.layers.{len(self.critic.layers) - 1}.bias")
-        if isinstance(bias, th.Tensor) and bias.shape[-1] != self.critic.n_bins:
+        n_bins = self._bins_of(given)
+        if n_bins is not None and n_bins != self.critic.n_bins:
             raise ValueError(
                 f"n_bins={self.critic.n_bins} with normalize_rewards={self.normalize_rewards} is not allowed: with the "
-                f"weights of these critics n_bins must be {bias.shape[-1]}"
+                f"weights of these critics n_bins must be {n_bins}"
             )
+
+    def _bins_of(self, given: TensorDict) -> int | None:
+        """The number of bins that the critics had whose weights are given; None where they tell nothing of it."""
+        if not isinstance(self.critic, ParticleCritic):
+            return None  # of a policy with critics of its own
+        bias = given.get(f"critic.layers.{len(self.critic.layers) - 1}.bias")
+        return bias.shape[-1] if isinstance(bias, th.Tensor) else None
 
     def set_data(self, trajectories: Iterable[Trajectory] | None, share: float = 0.5) -> Self:
         super().set_data(trajectories, share)

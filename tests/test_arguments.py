@@ -413,7 +413,11 @@ def test_an_environment_that_cannot_be_seeded_is_no_fault_of_the_arguments():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("activation_fn", "relu"), ("net_arch", [64, -1]), ("optimizer_class", 5), ("net_arch", "64")]
+    ("name", "value"),
+    [
+        *(("activation_fn", "relu"), ("net_arch", [64, -1]), ("optimizer_class", 5), ("net_arch", "64")),
+        *(("n_bins", 0), ("n_bins", 100), ("n_bins", 0.5)),
+    ],
 )
 def test_policy_arguments_of_discrete_agents(name, value):
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not allowed: it must be ")):
@@ -593,7 +597,7 @@ def test_the_temperature_stays_where_single_precision_can_divide_by_it(algorithm
     target = bounds[extreme == "highest"]
     env = OneStep() if algorithm is SoftQ else OneStepDiscrete()
     model = tiny(env, algorithm, target_entropy=target, ent_coef_learning_rate=learning_rate).learn(60)
-    unit = model.critic.return_scale.item() if algorithm is SoftQ else 1.0
+    unit = model.critic.return_scale.item()
     assert 0.9e-8 < model.ent_coef_tensor.item() / unit < 1.1e8
     assert all(th.isfinite(tensor).all() for tensor in model.policy.state_dict().values())
     assert np.isfinite(model.soft_value(np.zeros((1, 1), dtype=np.float32))).all()

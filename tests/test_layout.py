@@ -48,7 +48,7 @@ LEVELS = (
     ("actor", "batch_norm"),
     ("critic",),
     ("averaged_policy",),
-    ("policies", "off_policy"),
+    ("policies", "discrete_policy", "off_policy"),
     ("logged_data",),
     ("base", "cloning", "queries"),
     ("own_target", "returns"),

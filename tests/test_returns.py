@@ -17,7 +17,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
-from sb3_softq import SoftQ
+from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.data import from_agent
 from sb3_softq.returns import LARGEST_RETURN, ReturnScale
 from tests.conftest import Ends, small
@@ -81,6 +81,46 @@ def test_rewards_of_any_size_are_learned_alike(exponent, kwargs):
     obs, actions = np.zeros((5, 3), dtype=np.float32), np.linspace(-2, 2, 5, dtype=np.float32)[:, None]
     np.testing.assert_allclose(other.q_values(obs, actions), factor * one.q_values(obs, actions), rtol=1e-3)
     np.testing.assert_allclose(other.ent_coef_tensor, factor * one.ent_coef_tensor, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, dict(target_update_interval=10), dict(policy_kwargs=dict(n_bins=1, net_arch=[8]))], ids=str
+)
+@pytest.mark.parametrize("exponent", [-10, 10])
+def test_discrete_agents_likewise(exponent, kwargs):
+    factor = 2.0**exponent
+    one, other = (
+        small(
+            DiscreteSoftQ,
+            env=TransformReward(gym.make("CartPole-v1"), lambda reward, unit=unit: float(reward) * unit),
+            **kwargs,
+        ).learn(300)
+        for unit in (1.0, factor)
+    )
+    for name, tensor in one.policy.state_dict().items():
+        unit = factor if name.endswith("return_scale") else 1.0
+        th.testing.assert_close(other.policy.state_dict()[name], unit * tensor, rtol=1e-5, atol=1e-6 * unit)
+    assert one.critic.return_scale.item() == pytest.approx(one.returns.value)
+    assert one.returns.value > 1.0
+    obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    np.testing.assert_allclose(other.soft_value(obs), factor * one.soft_value(obs), rtol=1e-3)
+    np.testing.assert_allclose(other.entropy(obs), one.entropy(obs), rtol=1e-3)
+    assert other.policy.ent_coef.item() == pytest.approx(factor * one.policy.ent_coef.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("suffix", ["zip", "safetensors"])
+def test_weights_of_discrete_agents_keep_their_units(tmp_path, suffix):
+    model = small(DiscreteSoftQ, env="CartPole-v1").learn(60)
+    path = tmp_path / f"agent.{suffix}"
+    model.save(path)
+    with pytest.raises(ValueError, match="normalize_rewards=False is not allowed: it must be True, as it was"):
+        DiscreteSoftQ.load(path, normalize_rewards=False)
+    with pytest.raises(ValueError, match=r"n_bins=1 with normalize_rewards=False is not allowed: .* n_bins must be 101"):
+        small(DiscreteSoftQ, env="CartPole-v1", normalize_rewards=False).set_parameters(path)
+    other = small(DiscreteSoftQ, env="CartPole-v1", seed=1, learning_starts=0, learning_rate=1e-12)
+    other.set_parameters(path)
+    other.learn(3)
+    assert other.critic.return_scale.item() == model.critic.return_scale.item() > 1.0
 
 
 def test_the_scale_is_that_of_the_returns_of_training():

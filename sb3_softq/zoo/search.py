@@ -21,8 +21,8 @@ def sample_softq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additi
     params: dict[str, Any] = {
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0003, 0.05, log=True),
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
-        # SoftQ's is a multiple of the returns' scale
-        "ent_coef_init": trial.suggest_float("ent_coef_init", *((0.001, 0.1) if n_actions > 0 else (0.01, 1.0)), log=True),
+        # a multiple of the returns' scale
+        "ent_coef_init": trial.suggest_float("ent_coef_init", 0.001, 0.1, log=True),
         "ent_coef_learning_rate": trial.suggest_float("ent_coef_learning_rate", 1e-4, 1e-2, log=True),
         "batch_size_pow": trial.suggest_int("batch_size_pow", 6, 9),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
