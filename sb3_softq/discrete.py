@@ -30,7 +30,7 @@ class DiscreteSoftQ(ScaledReturns):
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: Learning rate of the critic, float or function of the progress remaining (from 1 to 0); by default
-        it falls linearly from 1e-3 to 3e-4 within a call of ``learn`` (a number suits a training in many calls)
+        it falls linearly from 1e-3 to 1e-4 within a call of ``learn`` (a number suits a training in many calls)
     :param target_entropy: Target of the policy's entropy in nats when ``ent_coef`` is learned, between 0 and log(n_actions).
         ``"auto"`` is a quarter of log(n_actions), about that of epsilon-greedy actions with epsilon = 0.1.
     :param tau: Polyak coefficient of the target network, between 0 and 1. By default 0.02, or 1, as in DQN, where
@@ -59,7 +59,7 @@ class DiscreteSoftQ(ScaledReturns):
         self,
         policy: str | type[DiscreteSoftQPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = LinearSchedule(1e-3, 3e-4, 1.0),
+        learning_rate: float | Schedule = LinearSchedule(1e-3, 1e-4, 1.0),
         buffer_size: int = 1_000_000,  # 1e6
         learning_starts: int = 1000,
         batch_size: int = 128,
