@@ -217,8 +217,11 @@ def test_defaults_are_those_of_the_page():
     assert (model.learning_starts, model.batch_size, model.gamma, model.policy_delay) == (100, 256, 0.99, 1)
     assert model.target_entropy == -1.0
     discrete = DiscreteSoftQ("MlpPolicy", "CartPole-v1", device="cpu")
-    assert discrete.target_entropy == pytest.approx(0.1 * math.log(2))
-    assert (discrete.tau, discrete.learning_rate, discrete.batch_size) == (0.02, 1e-3, 128)
+    assert discrete.target_entropy == pytest.approx(0.25 * math.log(2))
+    assert [discrete.lr_schedule(progress) for progress in (1.0, 0.0)] == pytest.approx([1e-3, 1e-4])
+    assert (discrete.tau, discrete.batch_size, discrete.learning_starts) == (0.02, 128, 1000)
+    assert (discrete.normalize_rewards, discrete.policy.n_bins) == (True, 101)
+    assert discrete.log_ent_coef.exp().item() == pytest.approx(0.01)
 
 
 def test_bfloat16_is_in_the_products_alone():
