@@ -160,7 +160,7 @@ def test_load_with_another_temperature(tmp_path):
     np.testing.assert_allclose(loaded.entropy(obs), np.log(N_ACTIONS), atol=1e-3)
     other = make(ent_coef=2.0)
     other.set_parameters(loaded.get_parameters())
-    assert other.policy.ent_coef.item() == 2.0
+    assert other.policy.ent_coef.item() == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.2])
