@@ -199,9 +199,7 @@ class DiscreteSoftQ(ScaledReturns):
         :param ent_coef: Temperature, shape (1,)
         :return: V(s') of the target network, shape (batch_size, 1)
         """
-        # in the unit of today, which a target that is replaced from time to time does not have
-        q_values = self.critic.q_of(self.critic_target.outputs(next_obs))
-        return ent_coef * th.logsumexp(q_values / ent_coef, dim=1, keepdim=True)
+        return ent_coef * th.logsumexp(self.critic_target(next_obs) / ent_coef, dim=1, keepdim=True)
 
     # ------------------------------------------------------------------ what a maximum-entropy agent can be asked
 

@@ -16,6 +16,8 @@ from sb3_softq.base import MaximumEntropyAlgorithm
 from sb3_softq.checks import check_flag
 from sb3_softq.critic import ParticleCritic, ScaledHistogram
 from sb3_softq.data import Trajectory
+from sb3_softq.discrete_policy import DiscreteSoftQPolicy
+from sb3_softq.policies import SoftQPolicy
 
 # The largest return that has been seen is at most so many times the scale (SimbaV2)
 LARGEST_RETURN = 5.0
@@ -126,7 +128,7 @@ class ScaledReturns(MaximumEntropyAlgorithm):
     :param normalize_rewards: Whether there is a scale, or all is in the environment's units
     """
 
-    policy: Any
+    policy: SoftQPolicy | DiscreteSoftQPolicy
     critic: ScaledHistogram
     saved_dataclasses: ClassVar[dict[str, type]] = {"returns": ReturnScale}
     # for agents of release 0.1.0, whose critics predict a number, and later ones for Discrete actions
@@ -276,7 +278,9 @@ class ScaledReturns(MaximumEntropyAlgorithm):
 
     def _set_return_scale(self) -> None:
         self._observe_loaded()
-        self.critic.return_scale.fill_(self.returns.value / self._reward_unit())
+        for critic in (self.critic, self.critic_target):
+            # the target's outputs have the unit of today too, however long ago it was replaced
+            critic.get_buffer("return_scale").fill_(self.returns.value / self._reward_unit())
 
     def _observe_loaded(self) -> None:
         """Before the first step, and where there is none: a replay buffer that came from elsewhere."""
