@@ -315,9 +315,9 @@ def test_entries_are_of_known_environments_and_arguments(file):
         if env_id not in ("default", "atari") and not env_id.startswith("dm_control"):
             register_environment(env_id)
             gym.spec(env_id)
-        arguments = {
-            k: v for k, v in entry.items() if k not in ("n_timesteps", "env_wrapper", "frame_stack", "noise_type", "noise_std")
-        }
+        # those of the RL Zoo itself
+        its_own = ("n_timesteps", "n_envs", "env_wrapper", "frame_stack", "noise_type", "noise_std")
+        arguments = {k: v for k, v in entry.items() if k not in its_own}
         for name in ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs"):
             if isinstance(arguments.get(name), str):
                 # as the RL Zoo does
