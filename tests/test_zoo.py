@@ -297,6 +297,8 @@ STAND_INS = {
     "MultiInputPolicy": lambda: BitFlippingEnv(n_bits=4, continuous=True),
 }
 DISCRETE_STAND_INS = {"MlpPolicy": lambda: gym.make("CartPole-v1"), "CnnPolicy": lambda: FakeImageEnv(36, 36)}
+# Keys of an entry that are the RL Zoo's own, not arguments of the algorithm
+OF_THE_ZOO = {"n_timesteps", "n_envs", "env_wrapper", "frame_stack", "noise_type", "noise_std"}
 
 
 def test_games_of_atari_have_an_entry(tmp_path):
@@ -315,9 +317,7 @@ def test_entries_are_of_known_environments_and_arguments(file):
         if env_id not in ("default", "atari") and not env_id.startswith("dm_control"):
             register_environment(env_id)
             gym.spec(env_id)
-        # those of the RL Zoo itself
-        its_own = ("n_timesteps", "n_envs", "env_wrapper", "frame_stack", "noise_type", "noise_std")
-        arguments = {k: v for k, v in entry.items() if k not in its_own}
+        arguments = {k: v for k, v in entry.items() if k not in OF_THE_ZOO}
         for name in ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs"):
             if isinstance(arguments.get(name), str):
                 # as the RL Zoo does
