@@ -30,8 +30,11 @@ def make(compile, policy_kwargs=None, **kwargs):
     [
         dict(policy_delay=2, n_steps=3),
         dict(tau=0.5),
-        SQL_2017 | dict(ent_coef=0.1, policy_kwargs=SQL_2017["policy_kwargs"] | dict(net_arch=dict(pi=[], qf=[16]))),
-        # one compiler run of a minute
+        # a minute of the compiler each
+        pytest.param(
+            SQL_2017 | dict(ent_coef=0.1, policy_kwargs=SQL_2017["policy_kwargs"] | dict(net_arch=dict(pi=[], qf=[16]))),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)), marks=pytest.mark.slow),
     ],
     ids=["default", "target", "original", "dict"],

@@ -167,7 +167,8 @@ def test_training_is_the_same_with_it(tmp_path):
     def train(*callbacks):
         return two_actions().learn(60, list(callbacks)).predict(np.zeros(2, dtype=np.float32), deterministic=True)[0]
 
-    with_it = train(HParamCallback(), PolicyCallback(freq=20, video_env=MultiGoalEnv(render_mode="rgb_array")))
+    video = dict(video_env=MultiGoalEnv(render_mode="rgb_array"), video_length=10)
+    with_it = train(HParamCallback(), PolicyCallback(freq=20, **video))
     np.testing.assert_array_equal(with_it, train())
 
 
