@@ -63,7 +63,7 @@ def logs(tmp_path_factory):
     )
     # our configuration, and what the command line changes
     assert "softq.yml" in output
-    assert "('learning_rate', 0.0025)" in output
+    assert "('n_timesteps', 20000)" in output
     assert "('n_value_particles', 3)" in output
     return folder
 
