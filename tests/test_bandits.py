@@ -13,7 +13,7 @@ TRAINING = SHORT_TRAINING | dict(learning_rate=1e-3)
 # Narrow modes and several contexts take longer to be right. The narrow mode of the plane is found on most seeds, not on all
 STEPS = dict.fromkeys(CASES, 2_500) | {"three_narrow_modes": 6_500, "turning": 4_000}
 del STEPS["three_widths_2d"]
-# What the others do not have, narrow modes, contexts, bounds, is in the fast ones; fidelity.py has all on five seeds
+# The fast ones have what these do not: narrow modes, contexts, bounds. fidelity.py has all on five seeds
 SLOW = ("three_modes", "ring", "rising", "turning", "three_widths", "two_distant_modes")
 # of the worst context, where each sees a fifth of the data
 SOFT_VALUE = dict.fromkeys(CASES, 0.2) | {"turning": 0.35}
