@@ -181,22 +181,22 @@ def test_pusher(tmp_path):
 
 
 def test_fine_tuning(tmp_path):
-    steps = ("--steps", 110, "--more-steps", 110, "--eval-freq", 110, "--seeds", 0)
+    steps = ("--steps", 110, "--more-steps", 120, "--eval-freq", 60, "--seeds", 0)
     output = example("fine_tuning.py", *steps, "--out", tmp_path / "figure.png")
     assert output.count("forwards: ") == output.count("backwards: ") == 3
-    # a point of two directions of three agents
-    assert len((tmp_path / "figure.csv").read_text().splitlines()) == 1 + 2 * 3
+    # two points of two directions of three agents
+    assert len((tmp_path / "figure.csv").read_text().splitlines()) == 1 + 2 * 2 * 3
     assert image.imread(tmp_path / "figure.png").std() > 0.01
 
 
 def test_any_direction(tmp_path):
     """Twice: what is finished is not done again."""
-    steps = ("--steps", 120, "--more-steps", 60, "--eval-freq", 50, "--episodes", 2, "--seeds", 0)
+    steps = ("--steps", 120, "--more-steps", 60, "--eval-freq", 50, "--episodes", 2, "--seeds", 0, 1)
     arguments = ("any_direction.py", "--algos", "SoftQ", "SAC", "--places", "fork", *steps, "--logs", tmp_path / "logs")
     first = example(*arguments, "--out", tmp_path / "figure.png")
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()}
     # agents and results of pre-training, and results in the place, from scratch too
-    assert len(files) == 2 * 2 + 3
+    assert len(files) == 2 * 2 * 2 + 2 * 3
     again = example(*arguments, "--out", tmp_path / "figure.png", "--gif", tmp_path / "ants.gif", MUJOCO_GL=opengl())
     assert again.startswith(first)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()} == files
@@ -208,7 +208,7 @@ def test_any_direction(tmp_path):
     assert len({tuple(colour) for colour in np.round(frames[-1][coloured[-1]] / 64)}) >= 3
     assert (coloured[0] != coloured[-1]).any()
     rows = [row.split(",") for row in (tmp_path / "figure.csv").read_text().splitlines()]
-    assert [row[0] for row in rows] == ["agent", "SoftQ", "SAC", "from scratch"]
+    assert [row[0] for row in rows] == ["agent", *["SoftQ"] * 2, *["SAC"] * 2, *["from scratch"] * 2]
     assert rows[0][-1] == "fork"
     # not reached within so few steps
     assert {row[-1] for row in rows[1:]} == {"61"}
