@@ -21,8 +21,10 @@ from xml.etree import ElementTree
 import gymnasium as gym
 import numpy as np
 import torch as th
+from filming import film
 from finished import finished, table
 from gymnasium.envs.mujoco import mujoco_env
+from matplotlib import colormaps
 from mazes import Map, Maze
 from peers import ALGORITHMS, COLOURS
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -171,12 +173,8 @@ def fine_tune(name: str, seed: int, place: str, args: argparse.Namespace) -> dic
     return dict(steps=reached[0] if reached else None, shares=callback.shares)
 
 
-def film(agent: BaseAlgorithm, path: Path, n_ants: int = 12, seconds: float = 6.0) -> None:
+def film_ants(agent: BaseAlgorithm, path: Path, n_ants: int = 12, seconds: float = 6.0) -> None:
     """Animation of stochastic episodes, all in one picture, each ant in the colour of the direction that it takes."""
-    import mujoco
-    from matplotlib import colormaps
-    from PIL import Image
-
     ants = [Ant() for _ in range(n_ants)]
     fps = ants[0].metadata["render_fps"]
     n_frames = round(seconds * fps)
@@ -184,33 +182,11 @@ def film(agent: BaseAlgorithm, path: Path, n_ants: int = 12, seconds: float = 6.
     qpos = records_of(episodes, n_frames)
     angles = np.arctan2(*(qpos[:, -1, :2] - qpos[:, 0, :2]).T[::-1])
     colours = colormaps["hsv"](angles / (2 * np.pi) % 1.0)
-
     model = ants[0].unwrapped.model  # type: ignore[attr-defined]
-    data, option, nothing = mujoco.MjData(model), mujoco.MjvOption(), mujoco.MjvPerturb()
     # a floor in light grey
     model.tex_data[:] = 100 + model.tex_data // 4
     model.mat_reflectance[:] = 0.0
-    camera = mujoco.MjvCamera()
-    camera.lookat, camera.distance, camera.azimuth, camera.elevation = (0.0, 0.0, 0.0), 28.0, 90.0, -75.0
-    frames = []
-    with mujoco.Renderer(model, 360, 360) as renderer:
-        for frame in range(0, n_frames + 1, 2):
-            for i, colour in enumerate(colours):
-                data.qpos[:] = qpos[i, frame]
-                mujoco.mj_forward(model, data)
-                if i == 0:
-                    n_there = 0
-                    renderer.update_scene(data, camera)
-                else:
-                    n_there = renderer.scene.ngeom
-                    dynamic = mujoco.mjtCatBit.mjCAT_DYNAMIC.value
-                    mujoco.mjv_addGeoms(model, data, option, nothing, dynamic, renderer.scene)
-                for geom in renderer.scene.geoms[n_there : renderer.scene.ngeom]:
-                    if geom.type != mujoco.mjtGeom.mjGEOM_PLANE:
-                        geom.matid, geom.rgba = -1, colour
-            frames.append(Image.fromarray(renderer.render()).quantize(64))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=2000 // fps, loop=0, optimize=True)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    film(path, model, qpos[:, ::2], "torso", colours, dict(distance=28.0, azimuth=90.0, elevation=-75.0), fps / 2)
 
 
 def compiled(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -262,7 +238,7 @@ def main() -> None:
     print(args.out)
     if args.gif:
         cls, _ = ALGORITHMS[args.algos[0]]
-        film(cls.load(args.logs / f"{args.algos[0]}_{args.seeds[0]}.zip", device="cpu"), args.gif)
+        film_ants(cls.load(args.logs / f"{args.algos[0]}_{args.seeds[0]}.zip", device="cpu"), args.gif)
 
 
 def draw(before: dict[Any, Any], after: dict[Any, Any], args: argparse.Namespace) -> None:

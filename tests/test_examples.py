@@ -180,15 +180,6 @@ def test_pusher(tmp_path):
     assert image.imread(tmp_path / "figure.png").std() > 0.01
 
 
-def test_fine_tuning(tmp_path):
-    steps = ("--steps", 110, "--more-steps", 120, "--eval-freq", 60, "--seeds", 0)
-    output = example("fine_tuning.py", *steps, "--out", tmp_path / "figure.png")
-    assert output.count("forwards: ") == output.count("backwards: ") == 3
-    # two points of two directions of three agents
-    assert len((tmp_path / "figure.csv").read_text().splitlines()) == 1 + 2 * 2 * 3
-    assert image.imread(tmp_path / "figure.png").std() > 0.01
-
-
 def test_any_direction(tmp_path):
     """Twice: what is finished is not done again."""
     steps = ("--steps", 120, "--more-steps", 60, "--eval-freq", 50, "--episodes", 2, "--seeds", 0, 1)
@@ -219,11 +210,10 @@ def test_any_direction(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()} == files
 
 
-@pytest.mark.parametrize("script", ["fine_tuning.py", "any_direction.py"])
-def test_fine_tuning_without_an_evaluation(tmp_path, script):
+def test_fine_tuning_without_an_evaluation(tmp_path):
     """Said before anything is trained or overwritten."""
     (tmp_path / "figure.csv").write_text("precious")
-    error = example(script, "--more-steps", 200, "--eval-freq", 201, "--out", tmp_path / "figure.png", code=2)
+    error = example("any_direction.py", "--more-steps", 200, "--eval-freq", 201, "--out", tmp_path / "figure.png", code=2)
     assert "--more-steps 200 has no evaluation: it must be at least --eval-freq 201" in error
     assert (tmp_path / "figure.csv").read_text() == "precious"
 
@@ -262,6 +252,57 @@ def test_two_routes(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()} == files
     error = example("two_routes.py", *steps, "--ent-coef", 0.7, "--out", tmp_path / "figure.png", code=1)
     assert "'ent_coef': 0.8, 'first_ent_coef': 1.0}, and " in error
+
+
+def test_two_elbows(tmp_path):
+    """Twice: what is finished is not done again, and can be filmed."""
+    steps = ("--steps", 1050, "--more", 40, "--actions", 6, "--seeds", 0, "--logs", tmp_path / "logs")
+    output = example("two_elbows.py", *steps, "--out", tmp_path / "figure.png")
+    assert output.count(" locked: ") == 3
+    rows = [row.split(",") for row in (tmp_path / "figure.csv").read_text().splitlines()]
+    assert rows[0][-3:] == ["at_once", "in_5_attempts", "after_40"]
+    assert [row[1] for row in rows] == ["algo", "SoftQ", "SAC", "CrossQ"]
+    assert image.imread(tmp_path / "figure.png").std() > 0.01
+    gif = ("--gif", tmp_path / "arm.gif")
+    again = example("two_elbows.py", *steps, *gif, "--out", tmp_path / "figure.png", MUJOCO_GL=opengl())
+    assert again.startswith(output)
+    frames = np.stack([frame[..., :3] for frame in imageio.mimread(tmp_path / "arm.gif", memtest=False)]).astype(float)
+    # at four goals 13 states of a reach, and 12 of rest, of which the film has one each
+    assert 4 * 13 <= len(frames) <= 4 * 25
+    assert np.abs(frames[0] - frames[12]).max() > 100
+    error = example("two_elbows.py", "--actions", 4, "--out", tmp_path / "figure.png", code=2)
+    assert "--actions 4 is not allowed: it must be at least 5" in error
+
+
+def test_both_elbows_reach_each_goal():
+    """By the formulas of inverse kinematics; where one elbow is locked the other does, and the arm knows which is which."""
+    script = """
+import numpy as np
+from two_elbows import GOALS, LINKS, SIDES, Arm, Reaches
+first, second = LINKS
+for locked in (None, *SIDES):
+    arm = Arm(locked)
+    for goal in GOALS:
+        bend = np.arccos((goal @ goal - first**2 - second**2) / (2 * first * second))
+        angles, arrived = [], []
+        for elbow in (-bend, bend):
+            turn = np.arctan2(goal[1], goal[0]) - np.arctan2(second * np.sin(elbow), first + second * np.cos(elbow))
+            obs, _ = arm.reset(options={"goal": goal})
+            assert np.allclose(obs[4:6], goal)
+            _, reward, terminated, _, info = arm.step(np.array([(turn + np.pi) % (2 * np.pi) - np.pi, elbow]))
+            assert terminated
+            place = first * np.exp(1j * arm.qpos[-1][0]) + second * np.exp(1j * arm.qpos[-1][:2].sum())
+            assert np.isclose(reward, -50 * abs(place - complex(*goal)))
+            # the elbow is on the left of the way to the hand if that has turned to the right after it
+            assert locked or np.sign(np.imag(np.exp(1j * arm.qpos[-1][0]) / place)) == -np.sign(elbow)
+            angles.append(arm.qpos[-1][:2])
+            arrived.append(info["success"])
+        shares = Reaches(np.array([arrived]), np.array([angles]), np.array([angles])).shares()
+        assert shares.tolist() == [[0.5 * (locked != "left"), 0.5 * (locked != "right")]], (locked, goal, shares)
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
+    result = subprocess.run([sys.executable, "-c", script], env=environment(PYTHONPATH=path), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_logged_data(tmp_path):
