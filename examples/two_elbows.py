@@ -106,7 +106,7 @@ class Reaches(NamedTuple):
         return np.stack([(self.arrived & left).mean(axis=1), (self.arrived & ~left).mean(axis=1)], axis=1)
 
     def within(self, n_attempts: int) -> float:
-        """Share of goals reached by the first, or a further one of as many independent actions; all that were asked count."""
+        """Of as many independent actions at a goal at least one arrives: how often, over all that were asked for."""
         n = self.arrived.shape[1] // n_attempts * n_attempts
         return float(self.arrived[:, :n].reshape(len(self.arrived), -1, n_attempts).any(axis=2).mean())
 
