@@ -358,7 +358,8 @@ def kill_at_random_instants(path, n, n_in_saves, algorithm, seed):
                     time.sleep(generator.random() * 0.3)
                     break
             process.send_signal(signal.SIGKILL)
-            rest = [line.split() for line in process.stdout.read().splitlines()]
+            # the kill may have cut the last line off
+            rest = [line.split() for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
             errors = process.stderr.read()
             assert process.wait() == -signal.SIGKILL, errors
         reached = max([reached, *(int(steps) for _, steps in rest)])
