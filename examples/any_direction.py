@@ -26,7 +26,7 @@ from finished import finished, table
 from gymnasium.envs.mujoco import mujoco_env
 from matplotlib import colormaps
 from mazes import Map, Maze
-from peers import ALGORITHMS, COLOURS
+from peers import ALGORITHMS, COLOURS, compiled
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -152,7 +152,7 @@ class UntilSuccess(BaseCallback):
 def pre_train(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One agent in the empty plane: it is saved, with where its episodes go."""
     cls, kwargs = ALGORITHMS[name]
-    agent = cls("MlpPolicy", Ant(), seed=seed, **SETTINGS | kwargs | compiled(name, args)).learn(args.steps)
+    agent = cls("MlpPolicy", Ant(), seed=seed, **SETTINGS | kwargs | compiled(name, args.compile)).learn(args.steps)
     agent.save(args.logs / f"{name}_{seed}.zip")
     paths, _ = travel(agent, [Ant() for _ in range(args.episodes)])
     return dict(sectors=sectors(paths).tolist(), paths=np.round(paths[:, ::5], 2).tolist())
@@ -161,7 +161,7 @@ def pre_train(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 def fine_tune(name: str, seed: int, place: str, args: argparse.Namespace) -> dict[str, Any]:
     """Steps until 80 % of the episodes reach the end of a place; None if it takes longer than ``args.more_steps``."""
     cls, kwargs = ALGORITHMS.get(name, ALGORITHMS["SoftQ"])
-    settings = SETTINGS | kwargs | compiled(name, args)
+    settings = SETTINGS | kwargs | compiled(name, args.compile)
     if name == "from scratch":
         agent = cls("MlpPolicy", Ant(place), seed=seed, **settings | FINE_TUNING)
     else:
@@ -187,10 +187,6 @@ def film_ants(agent: BaseAlgorithm, path: Path, n_ants: int = 12, seconds: float
     model.tex_data[:] = 100 + model.tex_data // 4
     model.mat_reflectance[:] = 0.0
     film(path, model, qpos[:, ::2], "torso", colours, dict(distance=28.0, azimuth=90.0, elevation=-75.0), fps / 2)
-
-
-def compiled(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    return dict(compile=True) if args.compile and name not in ("SAC", "CrossQ") else {}
 
 
 def cell(path: Path, arguments: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -15,3 +15,8 @@ ALGORITHMS: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
     "CrossQ": (CrossQ, dict(policy_kwargs=dict(net_arch=[256, 256]))),
 }
 COLOURS = {"SoftQ": "tab:blue", "SAC": "tab:orange", "CrossQ": "tab:purple", "from scratch": "0.5"}
+
+
+def compiled(name: str, compile: bool) -> dict[str, Any]:
+    """What compiles an agent of this name, "from scratch" being a SoftQ; the others have no such argument."""
+    return dict(compile=True) if compile and name not in ("SAC", "CrossQ") else {}

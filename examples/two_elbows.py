@@ -25,10 +25,9 @@ from filming import film
 from finished import finished, table
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Circle
-from peers import ALGORITHMS
+from peers import ALGORITHMS, compiled
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_softq import SoftQ
 from sb3_softq.plots import new_figure
 
 OUT = Path(__file__).parent / "results" / "two_elbows.png"
@@ -128,8 +127,8 @@ def reach(agent: BaseAlgorithm, arm: Arm, n_actions: int) -> Reaches:
 def evaluate(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One agent: what it does with both elbows, and with the one that it prefers locked."""
     cls, kwargs = ALGORITHMS[name]
-    kwargs = kwargs | (dict(compile=args.compile) if cls is SoftQ else {})
-    agent = cls("MlpPolicy", Arm(), ent_coef=args.ent_coef, seed=seed, **SETTINGS | kwargs).learn(args.steps)
+    settings = SETTINGS | kwargs | compiled(name, args.compile)
+    agent = cls("MlpPolicy", Arm(), ent_coef=args.ent_coef, seed=seed, **settings).learn(args.steps)
     before = reach(agent, Arm(), args.actions)
     locked = SIDES[int(before.shares().mean(axis=0).argmax())]
     at_once = reach(agent, Arm(locked), args.actions)
@@ -235,9 +234,9 @@ def film_reaches(actions: np.ndarray, path: Path) -> None:
     film(
         path,
         model,
-        np.concatenate(list(frames), axis=1),
+        np.concatenate(frames, axis=1),
         "body0",
-        np.concatenate(list(np.repeat(colours[:, :, None], frames.shape[2], axis=2)), axis=1),
+        np.concatenate(np.repeat(colours[:, :, None], frames.shape[2], axis=2), axis=1),
         dict(distance=0.55, azimuth=90.0, elevation=-90.0),
         fps=20.0,
     )
