@@ -16,10 +16,13 @@ class Annealing:
 
     :param done: How far it has come, from 0 to 1; it never goes back once there were steps of an environment
     :param length_is_known: Whether the length of training is known, or only how many updates there have been
+    :param remaining_at_first_update: Progress remaining, from 1 to 0, at the first update; ``None`` before it. The random
+        steps before it (``learning_starts``), where there is no actor to be annealed, are no part of the annealing.
     """
 
     done: float = 0.0
     length_is_known: bool = True
+    remaining_at_first_update: float | None = 1.0  # of agents saved before it was kept: the first step
 
     def begin(self, num_timesteps: int, reset_num_timesteps: bool, n_updates: int) -> None:
         """
@@ -35,13 +38,19 @@ class Annealing:
         if reset_num_timesteps or num_timesteps == 0:
             # from the first call on, learn(..., reset_num_timesteps=False) says that more will come
             self.length_is_known = reset_num_timesteps
+            self.remaining_at_first_update = None
 
-    def factor(self, progress_remaining: float, n_updates: int) -> float:
+    def factor(self, progress_remaining: float | None, n_updates: int) -> float:
         """
-        :param progress_remaining: From 1 to 0
+        :param progress_remaining: From 1 to 0; ``None`` of an update that is no part of a training with a length
         :param n_updates: Number of updates so far
         :return: Factor of the temperature in the actor's step, from ``FACTOR`` to 1
         """
-        part_done = (1.0 - progress_remaining) / PART_OF_TRAINING if self.length_is_known else 0.0
+        part_done = 0.0
+        if self.length_is_known and progress_remaining is not None:
+            if self.remaining_at_first_update is None:
+                # where nothing remains, this one update is all of training
+                self.remaining_at_first_update = progress_remaining or 1.0
+            part_done = (1.0 - progress_remaining / self.remaining_at_first_update) / PART_OF_TRAINING
         self.done = min(max(self.done, part_done, n_updates / N_UPDATES), 1.0)
         return FACTOR + (1.0 - FACTOR) * self.done

@@ -304,9 +304,9 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         annealing, progress = self.particle_options.annealing, self._current_progress_remaining
         if not isinstance(annealing, str):
             return FloatSchedule(annealing)(progress)
-        if self._is_offline and self.num_timesteps > 0:
-            progress = 1.0  # of offline updates in the middle of a training, whose length they are no part of
-        return 1.0 if self.log_ent_coef is not None else self.annealing_clock.factor(progress, self._n_updates)
+        # offline updates in the middle of a training are no part of its length
+        part = None if self._is_offline and self.num_timesteps > 0 else progress
+        return 1.0 if self.log_ent_coef is not None else self.annealing_clock.factor(part, self._n_updates)
 
     def _minimize(self, loss: Callable[..., LossAndStats], optimizer: th.optim.Optimizer, *args: Any) -> dict[str, th.Tensor]:
         """One step down a loss that is a method of this agent's class, in bfloat16 and compiled as configured."""

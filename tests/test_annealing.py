@@ -7,8 +7,18 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_softq import SoftQ
+from sb3_softq.annealing import Annealing
 from sb3_softq.data import from_agent
 from tests.conftest import check_training, flat, small
+
+
+class StopAfter(BaseCallback):
+    def __init__(self, n_steps):
+        super().__init__()
+        self.n_steps = n_steps
+
+    def _on_step(self):
+        return self.num_timesteps < self.n_steps
 
 
 def test_temperature_and_annealing_end_where_their_schedules_end():
@@ -62,13 +72,8 @@ def test_offline_training_does_not_use_up_that_of_what_comes_after_it():
 def test_offline_updates_in_the_middle_of_a_training_are_no_part_of_it(offline, total):
     """It goes on as if they had been so many updates more, in the episode that was going on."""
     model = small(ent_coef=0.1, learning_starts=0)
-
-    class Stop(BaseCallback):
-        def _on_step(self):
-            return self.num_timesteps < 10
-
     # whose length is known, and longer than it lasts
-    model.learn(total, Stop())
+    model.learn(total, StopAfter(10))
     before, running = model._annealing(), model.returns.running
     assert before > 1.0
     getattr(model.set_data(from_agent(model)), offline)(20)
@@ -88,6 +93,47 @@ def test_annealing_ends_after_a_third_of_the_training(total):
     for part, factor in ((0.0, 20.0), (1 / 6, 10.5), (0.32, 20 - 19 * 0.96), (0.34, 1.0), (1.0, 1.0)):
         model._update_current_progress_remaining(int(part * total * 100), total * 100)
         assert model._annealing() == pytest.approx(factor, abs=0.02)
+
+
+def factors_of_updates(monkeypatch):
+    """A list that gets the factor of each update to come."""
+    factors, factor = [], Annealing.factor
+    monkeypatch.setattr(Annealing, "factor", lambda *args: factors.append(factor(*args)) or factors[-1])
+    return factors
+
+
+@pytest.mark.parametrize(("learning_starts", "total"), [(0, 90), (30, 120), (60, 90), (300, 390), (88, 90), (89, 90)])
+def test_annealing_begins_with_the_first_update(monkeypatch, learning_starts, total):
+    """Random steps, however many, are no part of it: of the updates the first third is annealed."""
+    factors = factors_of_updates(monkeypatch)
+    model = small(ent_coef=0.1, learning_starts=learning_starts).learn(total)
+    n = total - learning_starts
+    assert model._n_updates == n
+    # a training of one update has no time to be hot
+    assert factors == pytest.approx([20 - 19 * min(3 * i / (n - 1), 1) for i in range(n)] if n > 1 else [1.0], abs=0.01)
+
+
+def test_random_steps_of_another_call_are_no_part_of_its_annealing(monkeypatch):
+    """The first call was stopped when a tenth of its annealing was over: the second goes on from there, when it learns."""
+    factors = factors_of_updates(monkeypatch)
+    model = small(ent_coef=0.1, learning_starts=60)
+    model.learn(60 + 301, StopAfter(60 + 11))
+    assert len(factors) == 10
+    assert factors[-1] == pytest.approx(20 - 19 * 9 / 100, abs=0.01)
+    model.learn(60 + 31)
+    assert factors[10] == factors[9]
+    assert factors[-21:] == [1.0] * 21
+
+
+def test_agents_saved_before_keep_their_clock(tmp_path):
+    """It counted from the first step, and did not say where the first update was."""
+    model = small(ent_coef=0.1, learning_starts=0).learn(301, StopAfter(11))
+    del vars(model.annealing_clock)["remaining_at_first_update"]
+    model.save(tmp_path / "model.zip")
+    loaded = SoftQ.load(tmp_path / "model.zip", device="cpu")
+    assert loaded._annealing() == pytest.approx(20 - 19 * 30 / 301)
+    loaded._current_progress_remaining = 1 - 1 / 6
+    assert loaded._annealing() == pytest.approx(10.5)
 
 
 @pytest.mark.parametrize("reset_num_timesteps", [True, False])
