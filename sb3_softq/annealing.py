@@ -7,6 +7,8 @@ from dataclasses import dataclass
 FACTOR = 20.0
 PART_OF_TRAINING = 1 / 3
 N_UPDATES = 10_000
+# Of that training at most so much are random steps, before there is an actor to be annealed: more of them are not counted
+PART_OF_RANDOM_STEPS = 0.1
 
 
 @dataclass
@@ -16,13 +18,13 @@ class Annealing:
 
     :param done: How far it has come, from 0 to 1; it never goes back once there were steps of an environment
     :param length_is_known: Whether the length of training is known, or only how many updates there have been
-    :param remaining_at_first_update: Progress remaining, from 1 to 0, at the first update; ``None`` before it. The random
-        steps before it (``learning_starts``), where there is no actor to be annealed, are no part of the annealing.
+    :param length: Part of the training that counts, from above 0 to 1: less than 1 where more than
+        ``PART_OF_RANDOM_STEPS`` of it had passed at the first update; ``None`` before that
     """
 
     done: float = 0.0
     length_is_known: bool = True
-    remaining_at_first_update: float | None = 1.0  # of agents saved before it was kept: the first step
+    length: float | None = 1.0  # of agents saved before it was kept
 
     def begin(self, num_timesteps: int, reset_num_timesteps: bool, n_updates: int) -> None:
         """
@@ -38,7 +40,7 @@ class Annealing:
         if reset_num_timesteps or num_timesteps == 0:
             # from the first call on, learn(..., reset_num_timesteps=False) says that more will come
             self.length_is_known = reset_num_timesteps
-            self.remaining_at_first_update = None
+            self.length = None
 
     def factor(self, progress_remaining: float | None, n_updates: int) -> float:
         """
@@ -48,9 +50,9 @@ class Annealing:
         """
         part_done = 0.0
         if self.length_is_known and progress_remaining is not None:
-            if self.remaining_at_first_update is None:
+            if self.length is None:
                 # where nothing remains, this one update is all of training
-                self.remaining_at_first_update = progress_remaining or 1.0
-            part_done = (1.0 - progress_remaining / self.remaining_at_first_update) / PART_OF_TRAINING
+                self.length = min((progress_remaining or 1.0) / (1.0 - PART_OF_RANDOM_STEPS), 1.0)
+            part_done = (1.0 - progress_remaining / self.length) / PART_OF_TRAINING
         self.done = min(max(self.done, part_done, n_updates / N_UPDATES), 1.0)
         return FACTOR + (1.0 - FACTOR) * self.done

@@ -33,9 +33,10 @@ class ParticleOptions:
         evaluated, and an updated part of this share, which moves (0.5 in 2017). By default every particle is both.
     :param annealing: Factor of the temperature in the actor's step (the critic's target keeps ``ent_coef``): a float >= 1
         or a function of the progress remaining. ``"auto"`` is 1 when the temperature is learned, since that anneals by
-        itself, and when it is not falls from 20 to 1 over the first third of what follows the random steps
-        (``learning_starts``), or over 10,000 updates if they are fewer. It never rises again. Of a training in many calls
-        ``learn(..., reset_num_timesteps=False)``, from the first one on, nobody knows the length: there it is 10,000 updates.
+        itself, and when it is not falls from 20 to 1 over the first third of training, of which random steps
+        (``learning_starts``) count as a tenth at most, or over 10,000 updates if they are fewer. It never rises again. Of a
+        training in many calls ``learn(..., reset_num_timesteps=False)``, from the first one on, nobody knows the length:
+        there it is 10,000 updates.
     :raises ValueError: if a value is out of its range
     """
 

@@ -102,33 +102,46 @@ def factors_of_updates(monkeypatch):
     return factors
 
 
-@pytest.mark.parametrize(("learning_starts", "total"), [(0, 90), (30, 120), (60, 90), (300, 390), (88, 90), (89, 90)])
-def test_annealing_begins_with_the_first_update(monkeypatch, learning_starts, total):
-    """Random steps, however many, are no part of it: of the updates the first third is annealed."""
+@pytest.mark.parametrize(("learning_starts", "total"), [(0, 90), (9, 100), (30, 120), (60, 90), (300, 390), (88, 90)])
+def test_random_steps_do_not_use_it_up(monkeypatch, learning_starts, total):
+    """However many, the actor is annealed as where they are a tenth of training; fewer count as they are."""
     factors = factors_of_updates(monkeypatch)
     model = small(ent_coef=0.1, learning_starts=learning_starts).learn(total)
     n = total - learning_starts
     assert model._n_updates == n
-    # a training of one update has no time to be hot
-    assert factors == pytest.approx([20 - 19 * min(3 * i / (n - 1), 1) for i in range(n)] if n > 1 else [1.0], abs=0.01)
+    # the first update comes after a step more
+    before = min((learning_starts + 1) / total, 0.1)
+    passed = np.linspace(before, 1.0, n)
+    assert factors == pytest.approx(20 - 19 * np.minimum(3 * passed, 1), abs=0.01)
+    if learning_starts < total - 10:
+        assert 14 < factors[0] < 20
+        assert factors[len(factors) // 4 - 1] > 1.0
+
+
+def test_a_training_of_one_update_is_not_hot(monkeypatch):
+    factors = factors_of_updates(monkeypatch)
+    small(ent_coef=0.1, learning_starts=89).learn(90)
+    assert factors == [1.0]
 
 
 def test_random_steps_of_another_call_are_no_part_of_its_annealing(monkeypatch):
-    """The first call was stopped when a tenth of its annealing was over: the second goes on from there, when it learns."""
+    """The first call was stopped in its annealing: the second, with random steps of its own, does not end it at once."""
     factors = factors_of_updates(monkeypatch)
     model = small(ent_coef=0.1, learning_starts=60)
     model.learn(60 + 301, StopAfter(60 + 11))
     assert len(factors) == 10
-    assert factors[-1] == pytest.approx(20 - 19 * 9 / 100, abs=0.01)
+    # of 300 steps after the random ones, which count as 300 / 9
+    assert factors[-1] == pytest.approx(20 - 19 * 3 * (0.1 + 0.9 * 9 / 300), abs=0.01)
     model.learn(60 + 31)
     assert factors[10] == factors[9]
+    assert factors[11] > 10
     assert factors[-21:] == [1.0] * 21
 
 
 def test_agents_saved_before_keep_their_clock(tmp_path):
-    """It counted from the first step, and did not say where the first update was."""
+    """It counted from the first step, and did not say how much of them count."""
     model = small(ent_coef=0.1, learning_starts=0).learn(301, StopAfter(11))
-    del vars(model.annealing_clock)["remaining_at_first_update"]
+    del vars(model.annealing_clock)["length"]
     model.save(tmp_path / "model.zip")
     loaded = SoftQ.load(tmp_path / "model.zip", device="cpu")
     assert loaded._annealing() == pytest.approx(20 - 19 * 30 / 301)
