@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -459,10 +460,10 @@ def write_synthetic(path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        for label, level in (("softq", 1000.0), ("sac", 500.0), ("variant", 200.0)):
+        for label, level in (("softq", 1000.0), ("sac", 500.0), ("variant", 200.0), ("single", 100.0)):
             for env in ("HalfCheetah-v4", "Hopper-v4", "Unknown-v0"):
                 # the variant has not finished
-                for seed, step in np.ndindex(3, 3 if label != "variant" else 2):
+                for seed, step in np.ndindex(1 if label == "single" else 3, 2 if label == "variant" else 3):
                     returns = level * (step + 1) + rng.normal()
                     writer.writerow(
                         dict(label=label, algo="softq", env=env, seed=seed, step=1000 * (step + 1), hours=0.1 * (step + 1))
@@ -477,14 +478,17 @@ def test_report(tmp_path: Path):
     table = {
         line.split("|")[1].strip(): [x.strip() for x in line.split("|")[2:-1]] for line in output.splitlines() if "|" in line
     }
-    assert list(table) == ["", "---", "softq", "sac", "variant"]
+    assert list(table) == ["", "---", "softq", "sac", "variant", "single"]
     # at the last step that all have
     assert "After 2,000 steps, deterministic actions" in output
     assert [round(float(cell.split(" ±")[0].replace(",", "")), -2) for cell in table["softq"][:3]] == [2000, 2000, 2000]
     # by hand: the returns differ by about 1, so the interquartile mean is about that of the two environments
     expected = ((2000 + 289.4) / (10574 + 289.4) + (2000 - 18.8) / (3226 - 18.8)) / 2
     assert abs(float(table["softq"][3].split()[0]) - expected) < 0.01
-    assert table["sac"][4].startswith("1.00")
+    assert table["sac"][4] == "1.00 (1.00 to 1.00)"
+    # one seed has no interval
+    assert table["single"][4] == "1.00"
+    assert re.fullmatch(r"-?\d\.\d\d", table["single"][3])
     for name in ("curves", "aggregate", "diagnostics"):
         assert 5_000 < (tmp_path / "figures" / f"{name}.png").stat().st_size < 500_000
     # compared with nobody

@@ -147,9 +147,13 @@ def normalise(returns: np.ndarray, env: str) -> np.ndarray:
 def estimate(
     scores: dict[str, Any], function: Callable[..., np.ndarray], reps: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """rliable's point estimates and 95 % stratified bootstrap intervals, the same at each call."""
+    """rliable's point estimates and 95 % stratified bootstrap intervals, the same at each call; NaN where one seed has run."""
     np.random.seed(0)  # rliable draws from the global generator
-    return library.get_interval_estimates(scores, function, reps=reps)
+    points, intervals = library.get_interval_estimates(scores, function, reps=reps)
+    for label, given in scores.items():
+        if min(len(runs) for runs in (given if isinstance(given, tuple) else (given,))) == 1:
+            intervals[label] = np.full_like(intervals[label], np.nan)
+    return points, intervals
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:
@@ -303,7 +307,8 @@ def zero_and_one(envs: list[str]) -> str:
 
 def with_interval(estimates: tuple[dict[str, np.ndarray], dict[str, np.ndarray]], label: str) -> str:
     point, (low, high) = estimates[0][label], estimates[1][label]
-    return f"{point[0]:.2f} ({low[0]:.2f} to {high[0]:.2f})"
+    interval = "" if np.isnan(low[0]) else f" ({low[0]:.2f} to {high[0]:.2f})"
+    return f"{point[0]:.2f}{interval}"
 
 
 def run_hours(results: Results, label: str, step: int) -> float:
