@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
 from sb3_softq import ParticleOptions, SoftQ
@@ -68,6 +69,17 @@ class RandomEnv(gym.Env):
         assert self.action_space.contains(action)
         self.t += 1
         return self.np_random.uniform(-1.0, 1.0, 3).astype(np.float32), float(action.sum()), False, self.t == 20, {}
+
+
+class StopAfter(BaseCallback):
+    """Stops training after a number of steps, in the middle of an episode or at its end."""
+
+    def __init__(self, n_steps: int) -> None:
+        super().__init__()
+        self.n_steps = n_steps
+
+    def _on_step(self) -> bool:
+        return self.num_timesteps < self.n_steps
 
 
 def assert_same(a: Any, b: Any) -> None:

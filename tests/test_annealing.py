@@ -9,16 +9,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from sb3_softq import SoftQ
 from sb3_softq.annealing import Annealing
 from sb3_softq.data import from_agent
-from tests.conftest import check_training, flat, small
-
-
-class StopAfter(BaseCallback):
-    def __init__(self, n_steps):
-        super().__init__()
-        self.n_steps = n_steps
-
-    def _on_step(self):
-        return self.num_timesteps < self.n_steps
+from tests.conftest import StopAfter, check_training, flat, small
 
 
 def test_temperature_and_annealing_end_where_their_schedules_end():

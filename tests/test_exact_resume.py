@@ -31,7 +31,7 @@ from sb3_softq.checkpointing.interruption import HANDLERS
 from sb3_softq.checkpointing.training_state import restore_environments, save_environments
 from sb3_softq.faults import FaultyEnvironmentError, set_timeout
 from sb3_softq.serialization.values import OpaqueError, decode, encode
-from tests.conftest import RandomEnv, small
+from tests.conftest import RandomEnv, StopAfter, small
 
 ROOT = Path(__file__).parent.parent
 N_STEPS, SAVE_FREQ = 240, 60
@@ -454,11 +454,6 @@ def test_what_cannot_be_pickled_ends_no_process(tmp_path, make_env, reason):
             resume(SoftQ, tmp_path, DummyVecEnv([make_env] * 2))
 
 
-class Stop(BaseCallback):
-    def _on_step(self):
-        return self.num_timesteps < 50
-
-
 class Interrupted(gym.Wrapper):
     def step(self, action):
         result = super().step(action)
@@ -471,7 +466,7 @@ class Interrupted(gym.Wrapper):
 def test_stopped_by_a_callback(tmp_path, algorithm):
     """The last step is stored: the episode goes on."""
     model = small(algorithm, env=env("Pendulum-v1")(), buffer_size=500, train_freq=3)
-    model.learn(100, callback=[ResumableCheckpoint(1_000, tmp_path), Stop()])
+    model.learn(100, callback=[ResumableCheckpoint(1_000, tmp_path), StopAfter(50)])
     resumed = resume(algorithm, tmp_path, env("Pendulum-v1")())
     assert resumed.num_timesteps == resumed.replay_buffer.size() == 50
     resumed.learn(10, reset_num_timesteps=False)

@@ -27,7 +27,7 @@ from sb3_softq.checkpointing.folders import LOCK
 from sb3_softq.composition import compose
 from sb3_softq.faults import CheckedDummyVecEnv, FaultyEnvironmentError, check_step, set_timeout
 from sb3_softq.finite import DivergedError
-from tests.conftest import small
+from tests.conftest import StopAfter, small
 
 NAN, INF = float("nan"), float("inf")
 BAD_STEP = 30
@@ -536,24 +536,13 @@ def test_what_a_callback_asks_in_vain_is_no_fault_of_an_environment():
     assert not isinstance(excinfo.value, FaultyEnvironmentError)
 
 
-class Stop(BaseCallback):
-    """Stops at a step, or at the end of an episode."""
-
-    def __init__(self, at):
-        super().__init__()
-        self.at = at
-
-    def _on_step(self):
-        return self.num_timesteps < self.at
-
-
 @pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ, SAC])
 @pytest.mark.parametrize(("at", "train_freq"), [(40, 1), (56, 1), (40, 3), (42, 3)])
 @pytest.mark.parametrize("first", [False, True])
 def test_a_stop_by_a_callback_keeps_the_last_step(tmp_path, algorithm, at, train_freq, first):
     env = environments("raises", at=10**9, discrete=algorithm is DiscreteSoftQ)
     model = agent(env, algorithm, train_freq=train_freq)
-    callbacks = [Stop(at), ResumableCheckpoint(10_000, tmp_path)]
+    callbacks = [StopAfter(at), ResumableCheckpoint(10_000, tmp_path)]
     model.learn(200, callbacks[::-1] if first else callbacks)
     assert model.num_timesteps == 2 * model.replay_buffer.size() == steps_done(tmp_path) == at
     np.testing.assert_array_equal(model.replay_buffer.dones[: at // 2, 0], (np.arange(at // 2) + 1) % 7 == 0)
@@ -568,7 +557,7 @@ def test_a_stop_by_a_callback_keeps_the_last_step(tmp_path, algorithm, at, train
 @pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
 def test_a_stop_keeps_the_last_step_without_checkpoints_too(algorithm):
     model = agent(environments("raises", at=10**9, discrete=algorithm is DiscreteSoftQ), algorithm)
-    model.learn(200, Stop(40))
+    model.learn(200, StopAfter(40))
     assert model.num_timesteps == 2 * model.replay_buffer.size() == 40
 
 
