@@ -12,6 +12,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 from matplotlib import image
+from PIL import Image, ImageSequence
 
 from examples.finished import table
 from sb3_softq import SoftQ
@@ -266,6 +267,9 @@ def test_two_elbows(tmp_path):
     gif = ("--gif", tmp_path / "arm.gif")
     again = example("two_elbows.py", *steps, *gif, "--out", tmp_path / "figure.png", MUJOCO_GL=opengl())
     assert again.startswith(output)
+    with Image.open(tmp_path / "arm.gif") as film:
+        # however many look the same: at four goals 25 states, 50 ms each
+        assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(film)) == 4 * 25 * 50
     frames = np.stack([frame[..., :3] for frame in imageio.mimread(tmp_path / "arm.gif", memtest=False)]).astype(float)
     # at four goals 13 states of a reach, and 12 of rest; those that look the same are one frame
     assert 4 * 8 <= len(frames) <= 4 * 25
