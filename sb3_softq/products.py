@@ -1,5 +1,6 @@
 """Matrix products of networks and their gradients: of one network, or of several whose weights are stacked."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch as th
@@ -7,9 +8,20 @@ from torch import library
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Where the processor has AVX-512, oneDNN multiplies up to twice as fast as MKL, torch's choice for float32, which does without
-# it on processors of other makers than its own
-_ONEDNN_IS_FASTER = th.backends.mkldnn.is_available() and th.backends.cpu.get_cpu_capability() == "AVX512"
+
+def onednn_is_faster() -> bool:
+    """
+    Whether oneDNN multiplies up to twice as fast as MKL, torch's choice for float32: where the processor has AVX-512, which
+    MKL uses on Intel's alone. On those both are as fast, and calls of oneDNN cost more.
+    """
+    has_avx512 = th.backends.cpu.get_cpu_capability() == "AVX512"
+    # older versions of torch do not tell
+    capabilities: Mapping[str, Any] = th.cpu.get_capabilities() if hasattr(th.cpu, "get_capabilities") else {}
+    is_intel = "intel" in str(capabilities.get("cpu_name", "")).lower()
+    return has_avx512 and th.backends.mkldnn.is_available() and not is_intel
+
+
+_ONEDNN_IS_FASTER = onednn_is_faster()
 # Below so many multiplications the call costs more than it saves
 _ONEDNN_MIN_SIZE = 2_000_000
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sb3_softq import products
-from sb3_softq.products import linear, product
+from sb3_softq.products import linear, onednn_is_faster, product
 from sb3_softq.stacking import view_of
 
 HAS_ONEDNN = th.backends.mkldnn.is_available()
@@ -76,6 +76,21 @@ def test_what_needs_no_gradient_gets_none(library):
     assert x.grad is not None
     assert bias.grad is not None
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+@pytest.mark.parametrize(
+    ("told", "is_foreign"),
+    [({"cpu_name": "AMD EPYC"}, True), ({"cpu_name": "Intel Xeon"}, False), ({"architecture": "x86_64"}, True), (None, True)],
+)
+def test_mkl_is_left_alone_where_it_is_fast(capability, told, is_foreign, monkeypatch):
+    """It uses AVX-512 on Intel's processors; older versions of torch do not say whose it is."""
+    monkeypatch.setattr(th.backends.cpu, "get_cpu_capability", lambda: capability)
+    if told is None:
+        monkeypatch.delattr(th.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(th.cpu, "get_capabilities", lambda: told, raising=False)
+    assert onednn_is_faster() == (HAS_ONEDNN and capability == "AVX512" and is_foreign)
 
 
 def test_other_types_are_left_to_torch(monkeypatch):

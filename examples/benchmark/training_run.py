@@ -37,6 +37,7 @@ from variants import VARIANTS
 import sb3_softq
 from sb3_softq import SQL_2017, DiscreteSoftQ, ParticleOptions, SoftQ
 from sb3_softq.checkpoint import ResumableCheckpoint, has_checkpoint, resume
+from sb3_softq.products import onednn_is_faster
 from sb3_softq.rollouts import Episode, roll_out
 
 CLASSES: dict[str, type[OffPolicyAlgorithm]] = {
@@ -426,9 +427,9 @@ def main() -> None:
     run = Run(**json.loads(sys.argv[1]))
     threading.Thread(target=stop_with_parent, daemon=True).start()
     th.set_num_threads(1)
-    # Matmuls by oneDNN instead of MKL, which is slow on processors of other makers. It may use bfloat16 where that is faster
-    # than float32, with AMX; elsewhere the numbers are float32's.
-    th.set_float32_matmul_precision("medium")
+    if onednn_is_faster():
+        # Its products for all algorithms, with the digits of float32: on Intel's processors with AMX it would be bfloat16
+        th.set_float32_matmul_precision("medium")
     make_variant(run)
     train(run)
 
