@@ -124,7 +124,10 @@ def test_killed_run_continues(tmp_path: Path):
         # Pendulum is always cut off, and too early for a return to compare Q with
         assert rows[0]["q_bias"] == ""
     assert all(float(row["effective_sample_size"]) >= 1 for row in read(softq / "evaluations.csv"))
-    assert json.loads((softq / "config.json").read_text())["arguments"]["train_freq"] == 4
+    config = json.loads((softq / "config.json").read_text())
+    assert config["arguments"]["train_freq"] == 4
+    assert config["versions"]["processor"]
+    assert config["versions"]["float32_matmul_precision"] in ("medium", "highest")
 
     before = log.read_text()
     assert call(tmp_path, *RUN).count("skipped") == 2
@@ -153,6 +156,18 @@ def test_killed_run_continues(tmp_path: Path):
 def training_run(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     return importlib.import_module("training_run")
+
+
+def test_products_have_the_digits_of_float32(training_run):
+    """What torch calls medium precision is bfloat16 where the processor is fast at it, an error of 0.1 here."""
+    left, right = th.randn(256, 512), th.randn(512, 256)
+    before = th.get_float32_matmul_precision()
+    try:
+        training_run.choose_library()
+        error = (left @ right - (left.double() @ right.double())).abs().max()
+    finally:
+        th.set_float32_matmul_precision(before)
+    assert error < 1e-3
 
 
 def test_evaluation_leaves_random_numbers_alone(training_run):

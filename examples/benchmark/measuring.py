@@ -16,14 +16,19 @@ Row = dict[str, Any]
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
-def machine() -> str:
-    """What the numbers depend on besides the code."""
-    cpu = platform.processor() or platform.machine()
+def processor() -> str:
+    """Name of the processor, as far as the system tells."""
+    name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return name
+
+
+def machine() -> str:
+    """What the numbers depend on besides the code."""
     versions = f"torch {th.__version__}, Python {platform.python_version()}, {platform.system()}"
-    return f"{cpu}, {os.cpu_count()} cores, {th.get_num_threads()} torch threads by default; {versions}"
+    return f"{processor()}, {os.cpu_count()} cores, {th.get_num_threads()} torch threads by default; {versions}"
 
 
 def interleave(measure: Callable[[Key], float], keys: Sequence[Key], rounds: int) -> dict[Key, list[float]]:

@@ -24,6 +24,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from learning import COLUMNS, Run, check_same_run, read_rows, write_rows
+from measuring import processor
 from minatar_games import MinAtarCNN, make_minatar
 from sb3_contrib import QRDQN, TQC, CrossQ
 from stable_baselines3 import DQN, SAC, TD3
@@ -383,6 +384,8 @@ def configure(run: Run) -> None:
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     if CLASSES[run.algo] in (SoftQ, DiscreteSoftQ):
         versions |= {"sb3_softq": sb3_softq.__version__, "commit": commit(), "source": source()}
+    # how many digits products have depends on both
+    versions |= {"processor": processor(), "float32_matmul_precision": th.get_float32_matmul_precision()}
     # schedules as text
     config = json.loads(json.dumps({**run.identity, "arguments": used, "versions": versions}, default=repr))
     if run.config.exists():
@@ -423,13 +426,18 @@ def stop_with_parent() -> None:
     os._exit(1)
 
 
+def choose_library() -> None:
+    """Who multiplies, for all algorithms: oneDNN, where it is faster and has the digits of float32."""
+    if onednn_is_faster():
+        # elsewhere this may mean bfloat16, as on Intel's processors with AMX
+        th.set_float32_matmul_precision("medium")
+
+
 def main() -> None:
     run = Run(**json.loads(sys.argv[1]))
     threading.Thread(target=stop_with_parent, daemon=True).start()
     th.set_num_threads(1)
-    if onednn_is_faster():
-        # Its products for all algorithms, with the digits of float32: on Intel's processors with AMX it would be bfloat16
-        th.set_float32_matmul_precision("medium")
+    choose_library()
     make_variant(run)
     train(run)
 
