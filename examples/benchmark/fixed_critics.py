@@ -46,6 +46,7 @@ class Setting:
 ONE_EXPERT: dict[str, Any] = dict(policy_kwargs=dict(n_experts=1))
 SETTINGS = {
     "4 particles of 32 states": Setting(32, 4),
+    "2 particles of 64 states": Setting(64),
     "2 particles of 128 states": Setting(128),
     "2 particles of 256 states": Setting(),
     "4 particles of 256 states": Setting(256, 4),
