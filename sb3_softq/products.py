@@ -11,14 +11,13 @@ from torch.nn import functional as F
 
 def onednn_is_faster() -> bool:
     """
-    Whether oneDNN multiplies up to twice as fast as MKL, torch's choice for float32: where the processor has AVX-512, which
-    MKL uses on Intel's alone. On those both are as fast, and calls of oneDNN cost more.
+    Whether oneDNN multiplies up to twice as fast as MKL, torch's choice for float32: on AMD's processors with AVX-512, which
+    MKL does without there. On Intel's both are as fast, and calls of oneDNN cost more.
     """
     has_avx512 = th.backends.cpu.get_cpu_capability() == "AVX512"
-    # older versions of torch do not tell
+    # older versions of torch do not tell whose it is
     capabilities: Mapping[str, Any] = th.cpu.get_capabilities() if hasattr(th.cpu, "get_capabilities") else {}
-    is_intel = "intel" in str(capabilities.get("cpu_name", "")).lower()
-    return has_avx512 and th.backends.mkldnn.is_available() and not is_intel
+    return has_avx512 and th.backends.mkldnn.is_available() and "AMD" in str(capabilities.get("cpu_name", ""))
 
 
 _ONEDNN_IS_FASTER = onednn_is_faster()

@@ -427,9 +427,9 @@ def stop_with_parent() -> None:
 
 
 def choose_library() -> None:
-    """Who multiplies, for all algorithms: oneDNN, where it is faster and has the digits of float32."""
+    """Who multiplies, for all algorithms: oneDNN where it is faster, which has the digits of float32 there."""
     if onednn_is_faster():
-        # elsewhere this may mean bfloat16, as on Intel's processors with AMX
+        # on Intel's processors with AMX this means bfloat16
         th.set_float32_matmul_precision("medium")
 
 
