@@ -11,7 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
-from sb3_softq import ParticleOptions, SoftQ
+from sb3_softq import ParticleOptions, SoftQ, products
 from sb3_softq.batch_norm import JointBatchNorm
 
 
@@ -80,6 +80,24 @@ class StopAfter(BaseCallback):
 
     def _on_step(self) -> bool:
         return self.num_timesteps < self.n_steps
+
+
+needs_onednn = pytest.mark.skipif(not th.backends.mkldnn.is_available(), reason="torch has no oneDNN")
+
+
+def ask_onednn(monkeypatch: pytest.MonkeyPatch, min_size: float = 1) -> list[tuple[Any, ...]]:
+    """Have products of float32 done by oneDNN on any processor, from a size on; its calls are in the list that is returned."""
+    calls: list[tuple[Any, ...]] = []
+    multiply = products._multiply
+
+    def recorded(*args: Any) -> th.Tensor:
+        calls.append(args)
+        return multiply(*args)
+
+    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(products, "_ONEDNN_MIN_SIZE", min_size)
+    monkeypatch.setattr(products, "_multiply", recorded)
+    return calls
 
 
 def assert_same(a: Any, b: Any) -> None:

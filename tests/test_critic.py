@@ -6,11 +6,10 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_softq import products
 from sb3_softq.batch_norm import JointBatchNorm, joint_statistics
 from sb3_softq.critic import CriticLayer
 from sb3_softq.networks import particle_forward
-from tests.conftest import batch_normalised, small
+from tests.conftest import ask_onednn, batch_normalised, needs_onednn, small
 
 
 def test_running_statistics_of_the_critics():
@@ -66,10 +65,7 @@ def draw(n_rows, n_particles):
     return obs, actions, next_obs, next_actions
 
 
-NEEDS_ONEDNN = pytest.mark.skipif(not th.backends.mkldnn.is_available(), reason="torch has no oneDNN")
-
-
-@pytest.mark.parametrize("by_onednn", [False, pytest.param(True, marks=NEEDS_ONEDNN)], ids=["double", "single-onednn"])
+@pytest.mark.parametrize("by_onednn", [False, pytest.param(True, marks=needs_onednn)], ids=["double", "single-onednn"])
 def test_gradients_of_batch_renormalisation(critic, by_onednn, monkeypatch):
     """Against Algorithm 1 of arXiv 1702.03275 without its bounds, with the statistics of the joint batch, and autograd."""
     obs, actions, next_obs, next_actions = draw(16, 3)
@@ -77,10 +73,9 @@ def test_gradients_of_batch_renormalisation(critic, by_onednn, monkeypatch):
     next_pairs = th.cat([next_obs.repeat_interleave(3, dim=0), next_actions.flatten(0, 1)], dim=1)
     oracles = copy.deepcopy(critic.q_networks)
     expected, expected_next = zip(*(joint_normalised(net, pairs, th.cat([pairs, next_pairs])) for net in oracles), strict=True)
+    calls = ask_onednn(monkeypatch)
     if by_onednn:
         critic, actions, next_actions = critic.float(), actions.float(), next_actions.float()
-        monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
-        monkeypatch.setattr(products, "_ONEDNN_MIN_SIZE", 1)
     outputs, next_outputs = critic.joint_outputs(obs, actions, next_obs, next_actions)
     assert not next_outputs.requires_grad
     # what follows has no more digits than float32
@@ -91,6 +86,7 @@ def test_gradients_of_batch_renormalisation(critic, by_onednn, monkeypatch):
         theirs = th.autograd.grad((values - 1.0).square().mean(), list(net.parameters()))
         tolerance = dict(rtol=1e-3, atol=1e-5) if by_onednn else dict(rtol=1e-5, atol=1e-7)
         th.testing.assert_close(mine, list(theirs), check_dtype=not by_onednn, **tolerance)
+    assert bool(calls) == by_onednn
 
 
 def joint_normalised(net, x, joint):

@@ -10,22 +10,15 @@ from hypothesis import strategies as st
 from sb3_softq import products
 from sb3_softq.products import linear, onednn_is_faster, product
 from sb3_softq.stacking import view_of
+from tests.conftest import ask_onednn, needs_onednn
 
-HAS_ONEDNN = th.backends.mkldnn.is_available()
-LIBRARIES = [
-    pytest.param(math.inf, id="torch"),
-    pytest.param(1, id="onednn", marks=pytest.mark.skipif(not HAS_ONEDNN, reason="torch has no oneDNN")),
-]
+LIBRARIES = [pytest.param(math.inf, id="torch"), pytest.param(1, id="onednn", marks=needs_onednn)]
 
 
 @pytest.fixture(params=LIBRARIES)
 def library(request, monkeypatch):
     """All products, whatever their size, by one library."""
-    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
-    monkeypatch.setattr(products, "_ONEDNN_MIN_SIZE", request.param)
-    calls = []
-    multiply = products._multiply
-    monkeypatch.setattr(products, "_multiply", lambda *args: (calls.append(1), multiply(*args))[1])
+    calls = ask_onednn(monkeypatch, request.param)
     yield
     assert bool(calls) == (request.param == 1)
 
@@ -90,14 +83,12 @@ def test_mkl_is_left_alone_where_it_is_fast(capability, told, is_amd, monkeypatc
         monkeypatch.delattr(th.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(th.cpu, "get_capabilities", lambda: told, raising=False)
-    assert onednn_is_faster() == (HAS_ONEDNN and capability == "AVX512" and is_amd)
+    assert onednn_is_faster() == (th.backends.mkldnn.is_available() and capability == "AVX512" and is_amd)
 
 
 def test_other_types_are_left_to_torch(monkeypatch):
     """oneDNN is asked for float32 alone: not where autocast is enabled, and not for double precision."""
-    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
-    monkeypatch.setattr(products, "_ONEDNN_MIN_SIZE", 1)
-    monkeypatch.setattr(products, "_multiply", lambda *_: pytest.fail("oneDNN was asked"))
+    calls = ask_onednn(monkeypatch)
     for networks in ((), (2,)):
         x, weight, bias = draw(networks, (7, 5), (4, 5), (4,))
         with th.autocast("cpu", dtype=th.bfloat16):
@@ -106,13 +97,13 @@ def test_other_types_are_left_to_torch(monkeypatch):
             result.float().sum().backward()
         assert x.grad.dtype == weight.grad.dtype == th.float32
         assert linear(x.double(), weight.double(), bias.double()).dtype == th.float64
+    assert not calls
 
 
-@pytest.mark.skipif(not HAS_ONEDNN, reason="torch has no oneDNN")
+@needs_onednn
 def test_compiled(monkeypatch):
     """The compiler takes oneDNN's product for an operator of its own."""
-    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
-    monkeypatch.setattr(products, "_ONEDNN_MIN_SIZE", 1)
+    ask_onednn(monkeypatch)
     for networks in ((), (2,)):
         x, weight, bias = draw(networks, (7, 5), (5, 5), (5,))
 
