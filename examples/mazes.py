@@ -1,4 +1,4 @@
-"""Mazes of square cells, as a map: 1 is a wall, ``"r"`` where episodes begin, ``"g"`` the goal, 0 is free."""
+"""Mazes of square cells, as a map: 1 is a wall, ``"r"`` where episodes begin, ``"g"`` a goal, 0 is free."""
 
 from collections import deque
 
@@ -9,7 +9,7 @@ Map = list[list[int | str]]
 
 class Maze:
     """
-    Places of a map, in metres from its centre, x to the right and y up; and the way to the goal along its corridors.
+    Places of a map, in metres from its centre, x to the right and y up; and the way to the nearest goal along its corridors.
 
     :param cells: The map, its top row first
     :param size: Length of the side of a cell
@@ -18,10 +18,10 @@ class Maze:
     def __init__(self, cells: Map, size: float = 1.0):
         self.cells = cells
         self.size = size
-        self.start, self.goal = self._find("r"), self._find("g")
-        # cells to the goal, from each cell
-        self.n_cells = {self.goal: 0}
-        queue = deque([self.goal])
+        (self.start,), self.goals = self._find("r"), self._find("g")
+        # cells to the nearest goal, from each cell
+        self.n_cells = dict.fromkeys(self.goals, 0)
+        queue = deque(self.goals)
         while queue:
             cell = queue.popleft()
             for near in self._neighbours(cell):
@@ -29,8 +29,8 @@ class Maze:
                     self.n_cells[near] = self.n_cells[cell] + 1
                     queue.append(near)
 
-    def _find(self, mark: str) -> tuple[int, int]:
-        return next((i, j) for i, row in enumerate(self.cells) for j, cell in enumerate(row) if cell == mark)
+    def _find(self, mark: int | str) -> list[tuple[int, int]]:
+        return [(i, j) for i, row in enumerate(self.cells) for j, cell in enumerate(row) if cell == mark]
 
     def _neighbours(self, cell: tuple[int, int]) -> list[tuple[int, int]]:
         around = [(cell[0] + i, cell[1] + j) for i, j in ((0, 1), (1, 0), (0, -1), (-1, 0))]
@@ -39,7 +39,7 @@ class Maze:
     @property
     def walls(self) -> list[tuple[int, int]]:
         """Cells that are walls."""
-        return [(i, j) for i, row in enumerate(self.cells) for j, cell in enumerate(row) if cell == 1]
+        return self._find(1)
 
     def centre(self, cell: tuple[int, int]) -> np.ndarray:
         """
@@ -51,8 +51,8 @@ class Maze:
 
     def distance(self, place: np.ndarray) -> float:
         """
-        Metres along the corridors to the goal, from centre to centre and linear between these, so that a step changes it by no
-        more than about its length.
+        Metres along the corridors to the nearest goal, from centre to centre and linear between these, so that a step changes
+        it by no more than about its length.
 
         :param place: Shape (2,)
         :return: The distance; the longest one in the middle of a wall

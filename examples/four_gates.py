@@ -1,0 +1,163 @@
+"""
+An ant in a yard with four gates: through which does one policy go, and what if the gate that it prefers is walled up?
+
+    pip install -e ".[extra,benchmark,onnx]"
+    python examples/four_gates.py         # examples/results/four_gates.png, four_gates.csv
+
+The ant can run (``running_ant.py``). What is learned is one decision: a place to run to, within five seconds; paid are the
+metres by which it comes nearer to the nearest of the gates. Each agent is asked for 100 stochastic decisions; then the gate
+that it takes most often is walled up, which it has not seen in training, and it is asked again, at once and after some more
+steps. What is finished lies in --logs, so that a second call goes on; several calls at once take different --seeds or --algos.
+"""
+
+import argparse
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from ant_maze import CELL, Ant, film_ants
+from cooling import Cooling
+from finished import finished, table
+from matplotlib.colors import to_rgba
+from mazes import Map
+from peers import ALGORITHMS, compiled
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_softq import SoftQ
+from sb3_softq.plots import new_figure
+from sb3_softq.rollouts import roll_out
+
+OUT = Path(__file__).parent / "results" / "four_gates.png"
+# The same for all
+SETTINGS: dict[str, Any] = dict(buffer_size=50_000, device="cpu")
+YARD: Map = [
+    [1, 1, 1, 1, 1, 1, 1],
+    [1, 1, 1, "g", 1, 1, 1],
+    [1, 1, 0, 0, 0, 1, 1],
+    [1, "g", 0, "r", 0, "g", 1],
+    [1, 1, 0, 0, 0, 1, 1],
+    [1, 1, 1, "g", 1, 1, 1],
+    [1, 1, 1, 1, 1, 1, 1],
+]
+# Row and column of each gate
+GATES = {"right": (3, 5), "up": (1, 3), "left": (3, 1), "down": (5, 3)}
+GATE_COLOURS = {"right": "tab:blue", "up": "tab:orange", "left": "tab:green", "down": "tab:red"}
+
+
+def yard(walled: str | None = None) -> Map:
+    """The map, or that with a wall in the place of a gate."""
+    return [[1 if walled and GATES[walled] == (i, j) else cell for j, cell in enumerate(row)] for i, row in enumerate(YARD)]
+
+
+def make_ants(n: int, walled: str | None = None) -> list[Ant]:
+    return [Ant(yard(walled), n_decisions=1, seconds=5.0) for _ in range(n)]
+
+
+def go(agent: BaseAlgorithm, ants: list[Ant]) -> list[str | None]:
+    """The gate to which each ant goes by a stochastic decision, None where it comes to none; it has its track afterwards."""
+    roll_out(agent, ants, seed=10_000)
+    return [through(ant) for ant in ants]
+
+
+def through(ant: Ant) -> str | None:
+    """The gate in which an ant is."""
+    assert ant.maze is not None
+    distances = {name: np.linalg.norm(ant.place - ant.maze.centre(cell)) for name, cell in GATES.items()}
+    return min(distances, key=lambda name: distances[name]) if ant.is_there else None
+
+
+def evaluate(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One agent: where its decisions lead, and where they do with the gate walled up that it takes most often."""
+    cls, kwargs = ALGORITHMS[name]
+    schedule = LinearSchedule(args.first_ent_coef, args.ent_coef, 0.5)
+    own = dict(ent_coef=schedule if cls is SoftQ else args.ent_coef, learning_starts=min(500, args.steps // 4))
+    settings = SETTINGS | kwargs | compiled(name, args.compile) | own
+    agent = cls("MlpPolicy", make_ants(1)[0], seed=seed, **settings).learn(args.steps, Cooling(schedule))
+    agent.save(args.logs / f"{name}_{seed}.zip")
+    ants = make_ants(args.decisions)
+    gates = go(agent, ants)
+    counts = {gate: gates.count(gate) for gate in GATES}
+    walled = max(counts, key=lambda gate: counts[gate])
+    walled_ants = make_ants(args.decisions, walled)
+    at_once = args.decisions - go(agent, walled_ants).count(None)
+    tracks, walled_tracks = ([ant.track[::4].round(2).tolist() for ant in some] for some in (ants, walled_ants))
+    agent.set_env(make_ants(1, walled)[0])
+    assert agent.replay_buffer is not None
+    # nothing remembered says that the wall can be passed
+    agent.replay_buffer.reset()
+    agent.learn(args.more, reset_num_timesteps=False)
+    after = args.decisions - go(agent, walled_ants).count(None)
+    return dict(counts=counts, walled=walled, at_once=at_once, after=after, tracks=tracks, walled_tracks=walled_tracks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algos", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    parser.add_argument("--steps", type=int, default=5_000, help="of training, each a decision")
+    parser.add_argument("--more", type=int, default=1_000, help="further steps with the wall")
+    parser.add_argument("--decisions", type=int, default=100)
+    parser.add_argument("--first-ent-coef", type=float, default=2.0, help="temperature that training begins with")
+    parser.add_argument("--ent-coef", type=float, default=0.5, help="temperature from the half of training on")
+    parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers but for rounding")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--logs", type=Path, default=Path("logs/four_gates"), help="results, one file each")
+    parser.add_argument("--gif", type=Path, metavar="FILE", help="film the first agent here (without a screen: MUJOCO_GL=egl)")
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
+    args = parser.parse_args()
+    th.set_num_threads(1)
+
+    results = {}
+    for seed, name in itertools.product(args.seeds, args.algos):
+        given = {key: getattr(args, key) for key in ("steps", "more", "decisions", "first_ent_coef", "ent_coef")}
+        result = finished(args.logs / f"{name}_{seed}.json", given, partial(evaluate, name, seed, args))
+        gates = ", ".join(f"{gate} {n}" for gate, n in result["counts"].items())
+        then = "{walled} walled up: {at_once} at once, {after} after more steps".format(**result)
+        print(f"seed {seed}, {name}: {gates}; {then}", flush=True)
+        results[name, seed] = result
+    with table(args.out.with_suffix(".csv"), ["seed", "algo", *GATES, "walled", "at_once", f"after_{args.more}"]) as write:
+        for (name, seed), result in results.items():
+            write([seed, name, *result["counts"].values(), *(result[key] for key in ("walled", "at_once", "after"))])
+    draw({name: results[name, args.seeds[0]] for name in args.algos}, args.out)
+    print(args.out)
+    if args.gif:
+        ants = make_ants(16)
+        agent = ALGORITHMS[args.algos[0]][0].load(args.logs / f"{args.algos[0]}_{args.seeds[0]}.zip", device="cpu")
+        go(agent, ants)
+        film_ants(ants, np.array([to_rgba(colour_of(ant.place)) for ant in ants]), args.gif)
+
+
+def draw(results: dict[str, dict[str, Any]], out: Path) -> None:
+    """Of each algorithm the tracks of one seed: all gates open, and its favourite walled up."""
+    figure, axes = new_figure(3.2 * len(results), 6.6, len(results), 2)
+    for column, (name, result) in zip(np.atleast_2d(axes.T), results.items(), strict=True):
+        draw_yard(column[0], result["tracks"])
+        column[0].set_title(f"{name}: {', '.join(str(n) for n in result['counts'].values())}")
+        draw_yard(column[1], result["walled_tracks"], result["walled"])
+        column[1].set_title("{walled} walled up: {at_once} arrive".format(**result))
+    figure.tight_layout()
+    figure.savefig(out)
+
+
+def draw_yard(axes: Any, tracks: list[Any], walled: str | None = None) -> None:
+    """The yard from above, and the tracks, in the colour of the gate that each is nearest to at its end."""
+    cells = np.array([[cell == 1 for cell in row] for row in yard(walled)])
+    size = CELL * len(cells) / 2
+    axes.imshow(cells, cmap="Greys", vmax=2, extent=(-size, size, -size, size))
+    for track in tracks:
+        axes.plot(*np.transpose(track), color=colour_of(np.array(track[-1])), alpha=0.4, linewidth=0.8)
+    axes.set(xticks=[], yticks=[])
+
+
+def colour_of(place: np.ndarray) -> str:
+    """That of the gate in whose direction a place is."""
+    x, y = place
+    name = ("right" if x > 0 else "left") if abs(x) > abs(y) else ("up" if y > 0 else "down")
+    return GATE_COLOURS[name]
+
+
+if __name__ == "__main__":
+    main()
