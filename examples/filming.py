@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-SIZE, N_COLOURS = 360, 64
+SIZE, N_COLOURS = 360, 256
 
 
 def film(path: Path, model: Any, qpos: np.ndarray, robot: str, colours: np.ndarray, view: dict[str, Any], fps: float) -> None:
