@@ -22,6 +22,7 @@ CELL = 4.0
 STEPS, SPEED = 20, 2.0
 # There is where the torso is, within metres
 CLOSE = 0.3
+# In the plane all is a goal that is as far away from the start, metres
 RADIUS = 10.0
 # What a decision costs, in metres
 HURRY = 1.0
@@ -121,19 +122,18 @@ def with_walls(maze: Maze, path: Path) -> Path:
     return path
 
 
-def film_ants(ants: Sequence[Ant], colours: np.ndarray, path: Path, height: float = 28.0, seconds: float = 7.0) -> None:
+def film_ants(ants: Sequence[Ant], colours: np.ndarray, path: Path) -> None:
     """
-    Animation of the last episode of each ant, all in one picture, from above, twice as fast as it was.
+    Animation of the last episode of each ant, all in one picture, from above: seven seconds, twice as fast. An ant whose
+    episode ends before stays as it is.
 
     :param ants: Ants, in the same place
     :param colours: RGBA of each, shape (n_ants, 4)
     :param path: GIF to write
-    :param height: Of the camera, metres
-    :param seconds: Of simulated time; an ant whose episode has ended stays as it is
     """
     model = ants[0].unwrapped.model  # type: ignore[attr-defined]
-    n_frames = round(seconds * STEPS)
+    n_frames = 7 * STEPS
     qpos = np.array([(ant.qpos + ant.qpos[-1:] * n_frames)[:n_frames:2] for ant in ants])
     # without its pattern, which would take most of the colours that a GIF has
     model.geom("floor").matid, model.geom("floor").rgba[:] = -1, (0.6, 0.6, 0.6, 1.0)
-    film(path, model, qpos, "torso", colours, dict(distance=height, azimuth=90.0, elevation=-89.0), STEPS)
+    film(path, model, qpos, "torso", colours, dict(distance=28.0, azimuth=90.0, elevation=-89.0), STEPS)

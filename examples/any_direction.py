@@ -19,16 +19,14 @@ from typing import Any
 import numpy as np
 import torch as th
 from ant_maze import Ant, film_ants
-from cooling import Cooling
+from cooling import train
 from finished import finished, table
 from matplotlib import colormaps
 from mazes import Map
 from peers import ALGORITHMS, COLOURS, compiled
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_softq import SoftQ
 from sb3_softq.callbacks import histogram_entropy
 from sb3_softq.plots import new_figure
 from sb3_softq.rollouts import roll_out
@@ -89,11 +87,8 @@ class UntilLearned(BaseCallback):
 
 def pre_train(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One agent in the empty plane: it is saved, with where its episodes go."""
-    cls, kwargs = ALGORITHMS[name]
-    schedule = LinearSchedule(args.first_ent_coef, args.ent_coef, 0.5)
-    own = dict(ent_coef=schedule if cls is SoftQ else args.ent_coef, learning_starts=min(500, args.steps // 4))
-    settings = SETTINGS | kwargs | compiled(name, args.compile) | own
-    agent = cls("MlpPolicy", Ant(), seed=seed, **settings).learn(args.steps, Cooling(schedule))
+    settings = SETTINGS | dict(seed=seed, learning_starts=min(500, args.steps // 4))
+    agent = train(name, Ant(), args.steps, (args.first_ent_coef, args.ent_coef), args.compile, **settings)
     agent.save(args.logs / f"{name}_{seed}.zip")
     ants = [Ant() for _ in range(args.episodes)]
     travel(agent, ants)

@@ -1,8 +1,14 @@
-"""A temperature that falls, for algorithms that take a number alone."""
+"""Trainings from hot to a temperature, with algorithms that take a number alone, too."""
 
+from typing import Any
+
+import gymnasium as gym
 import torch as th
+from peers import ALGORITHMS, compiled
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_softq import SoftQ
 
@@ -23,3 +29,22 @@ class Cooling(BaseCallback):
             temperature = self.schedule(self.model._current_progress_remaining)
             self.model.ent_coef_tensor = th.tensor(temperature)  # type: ignore[attr-defined]
         return True
+
+
+def train(
+    name: str, env: gym.Env, n_steps: int, temperatures: tuple[float, float], compile: bool, **settings: Any
+) -> OffPolicyAlgorithm:
+    """
+    :param name: Name in ``peers.ALGORITHMS``
+    :param env: Environment
+    :param n_steps: Length of the training
+    :param temperatures: At its begin, and from its half on
+    :param compile: Whether SoftQ is compiled
+    :param settings: Further arguments of the algorithm
+    :return: The trained agent
+    """
+    cls, kwargs = ALGORITHMS[name]
+    schedule = LinearSchedule(*temperatures, 0.5)
+    ent_coef = schedule if cls is SoftQ else temperatures[1]
+    agent = cls("MlpPolicy", env, ent_coef=ent_coef, **settings | kwargs | compiled(name, compile))
+    return agent.learn(n_steps, Cooling(schedule))

@@ -19,15 +19,13 @@ from typing import Any
 import numpy as np
 import torch as th
 from ant_maze import CELL, Ant, film_ants
-from cooling import Cooling
+from cooling import train
 from finished import finished, table
 from matplotlib.colors import to_rgba
 from mazes import Map
-from peers import ALGORITHMS, compiled
+from peers import ALGORITHMS
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_softq import SoftQ
 from sb3_softq.plots import new_figure
 from sb3_softq.rollouts import roll_out
 
@@ -72,11 +70,8 @@ def through(ant: Ant) -> str | None:
 
 def evaluate(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One agent: where its decisions lead, and where they do with the gate walled up that it takes most often."""
-    cls, kwargs = ALGORITHMS[name]
-    schedule = LinearSchedule(args.first_ent_coef, args.ent_coef, 0.5)
-    own = dict(ent_coef=schedule if cls is SoftQ else args.ent_coef, learning_starts=min(500, args.steps // 4))
-    settings = SETTINGS | kwargs | compiled(name, args.compile) | own
-    agent = cls("MlpPolicy", make_ants(1)[0], seed=seed, **settings).learn(args.steps, Cooling(schedule))
+    settings = SETTINGS | dict(seed=seed, learning_starts=min(500, args.steps // 4))
+    agent = train(name, make_ants(1)[0], args.steps, (args.first_ent_coef, args.ent_coef), args.compile, **settings)
     agent.save(args.logs / f"{name}_{seed}.zip")
     ants = make_ants(args.decisions)
     gates = go(agent, ants)

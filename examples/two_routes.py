@@ -18,30 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from cooling import Cooling
+from cooling import train
 from finished import finished, table
 from peers import ALGORITHMS, COLOURS
 from ring_maze import Ring, draw_paths, roll_out
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_softq import SoftQ
 from sb3_softq.plots import new_figure
 
 OUT = Path(__file__).parent / "results" / "two_routes.png"
 # The same for all
 SETTINGS: dict[str, Any] = dict(gamma=0.98, learning_starts=1_000, buffer_size=100_000, device="cpu")
-
-
-def train(name: str, seed: int, args: argparse.Namespace) -> OffPolicyAlgorithm:
-    """With both routes open, from hot, where either route is taken, to the temperature that is asked for."""
-    cls, kwargs = ALGORITHMS[name]
-    schedule = LinearSchedule(args.first_ent_coef, args.ent_coef, 0.5)
-    if cls is SoftQ:
-        kwargs = kwargs | dict(ent_coef=schedule, compile=args.compile)
-    else:
-        kwargs = kwargs | dict(ent_coef=args.ent_coef)
-    return cls("MlpPolicy", Ring(), seed=seed, **SETTINGS | kwargs).learn(args.steps, Cooling(schedule))
 
 
 def main() -> None:
@@ -76,7 +62,9 @@ def main() -> None:
 
 def evaluate(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One agent: how many episodes take which way, and how many arrive where their favourite is walled up."""
-    agent = train(name, seed, args)
+    # from hot, where either route is taken
+    temperatures = args.first_ent_coef, args.ent_coef
+    agent = train(name, Ring(), args.steps, temperatures, args.compile, seed=seed, **SETTINGS)
     before = roll_out(agent, Ring(), args.episodes)
     walled = Ring(before.favourite)
     at_once = roll_out(agent, walled, args.episodes)

@@ -123,7 +123,7 @@ def test_the_gait_runs_where_it_is_told(modules):
 
 @pytest.mark.parametrize("way", [(3.0, 0.0), (-3.0, 0.0), (0.0, 3.0), (1.5, -2.0)])
 def test_it_goes_where_it_decides(modules, way):
-    ant = modules["ant_maze"].Ant()
+    ant = modules["ant_maze"].Ant(seconds=2.5)
     obs, _ = ant.reset(seed=0)
     start = ant.place
     np.testing.assert_allclose(obs[:2], start, rtol=1e-6)
