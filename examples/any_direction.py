@@ -66,15 +66,16 @@ def sectors(ends: np.ndarray) -> np.ndarray:
 
 class UntilLearned(BaseCallback):
     """
-    Ask the policy every so many steps for 20 stochastic episodes, and end training when enough of them reach the goal.
+    Ask the policy every so many steps for stochastic episodes, and end training when enough of them reach the goal.
 
     :param place: Where
     :param every: Number of steps
+    :param n_episodes: Number of episodes
     """
 
-    def __init__(self, place: str, every: int):
+    def __init__(self, place: str, every: int, n_episodes: int):
         super().__init__()
-        self.ants, self.every = [Ant(PLACES[place]) for _ in range(20)], every
+        self.ants, self.every = [Ant(PLACES[place]) for _ in range(n_episodes)], every
         self.shares: list[tuple[int, float]] = []
 
     def _on_step(self) -> bool:
@@ -105,7 +106,7 @@ def fine_tune(name: str, seed: int, place: str, args: argparse.Namespace) -> dic
     else:
         # what it knows is in its weights: the data, and the random steps, begin anew
         agent = cls.load(args.logs / f"{name}_{seed}.zip", ant, seed=seed, device="cpu", **own)
-    callback = UntilLearned(place, args.eval_freq)
+    callback = UntilLearned(place, args.eval_freq, max(1, args.episodes // 5))
     agent.learn(args.more, callback)
     learned = [step for step, share in callback.shares if share >= LEARNED]
     return dict(steps=learned[0] if learned else None, shares=callback.shares)
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8_000, help="of pre-training, each a decision")
     parser.add_argument("--more", type=int, default=4_000, help="steps of fine-tuning, at most")
     parser.add_argument("--eval-freq", type=int, default=250, help="in fine-tuning")
-    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--episodes", type=int, default=100, help="and a fifth of them in each evaluation of fine-tuning")
     parser.add_argument("--first-ent-coef", type=float, default=2.0, help="temperature that training begins with")
     parser.add_argument("--ent-coef", type=float, default=0.5, help="temperature from the half of pre-training on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -141,7 +142,7 @@ def main() -> None:
         before[name, seed] = result
     for place, seed, name in itertools.product(args.places, args.seeds, [*args.algos, "from scratch"]):
         path = args.logs / f"{name.replace(' ', '_')}_{seed}_{place}.json"
-        given = {key: getattr(args, key) for key in ("steps", "more", "eval_freq", "first_ent_coef", "ent_coef")}
+        given = {key: getattr(args, key) for key in ("steps", "more", "eval_freq", "episodes", "first_ent_coef", "ent_coef")}
         result = finished(path, given, partial(fine_tune, name, seed, place, args))
         print(f"{place}, seed {seed}, {name}: {result['shares']}", flush=True)
         after[name, seed, place] = result["steps"]

@@ -195,7 +195,7 @@ def assert_ants_of_many_colours_move(path):
 
 def test_any_direction(tmp_path):
     """Twice: what is finished is not done again."""
-    steps = ("--steps", 40, "--more", 40, "--eval-freq", 40, "--episodes", 3, "--seeds", 0)
+    steps = ("--steps", 40, "--more", 40, "--eval-freq", 40, "--episodes", 10, "--seeds", 0)
     arguments = ("any_direction.py", "--algos", "SoftQ", "SAC", "--places", "fork", *steps, "--logs", tmp_path / "logs")
     first = example(*arguments, "--out", tmp_path / "figure.png")
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()}
@@ -212,8 +212,8 @@ def test_any_direction(tmp_path):
     assert {row[-1] for row in rows[1:]} == {">40"}
     assert image.imread(tmp_path / "figure.png").std() > 0.01
     # results of other steps are not taken for those that are asked for
-    error = example(*arguments, "--episodes", 4, "--out", tmp_path / "figure.png", code=1)
-    assert "'episodes': 3, 'first_ent_coef': 2.0, 'ent_coef': 0.5}, and {'steps': 40, 'episodes': 4, " in error
+    error = example(*arguments, "--episodes", 11, "--out", tmp_path / "figure.png", code=1)
+    assert "'episodes': 10, 'first_ent_coef': 2.0, 'ent_coef': 0.5}, and {'steps': 40, 'episodes': 11, " in error
     assert "give another folder as --logs" in error
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()} == files
 
