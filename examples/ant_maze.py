@@ -5,6 +5,7 @@ gets there is the gait's business (``running_ant.py``).
 
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -26,6 +27,8 @@ CLOSE = 0.3
 RADIUS = 10.0
 # What a decision costs, in metres
 HURRY = 1.0
+# One for all ants
+load_gait = cache(Gait)
 
 
 class Ant(gym.Wrapper):
@@ -51,7 +54,7 @@ class Ant(gym.Wrapper):
         self.n_steps, reach = round(STEPS * seconds), SPEED * seconds
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (5,))
         self.action_space = gym.spaces.Box(-reach, reach, (2,))
-        self.gait = Gait()
+        self.gait = load_gait()
         self.start = np.zeros(2) if self.maze is None else self.maze.centre(self.maze.start)
         self.qpos: list[np.ndarray] = []
 

@@ -50,8 +50,8 @@ def travel(agent: BaseAlgorithm, ants: list[Ant]) -> float:
 
     :return: Share of them that reached a goal
     """
-    episodes = roll_out(agent, ants, seed=10_000, record=lambda ant: ant.is_there)
-    return float(np.mean([any(episode.records) for episode in episodes]))
+    episodes = roll_out(agent, ants, seed=10_000)
+    return float(np.mean([episode.info["success"] for episode in episodes]))
 
 
 def sectors(ends: np.ndarray) -> np.ndarray:

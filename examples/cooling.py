@@ -1,4 +1,4 @@
-"""Trainings from hot to a temperature, with algorithms that take a number alone, too."""
+"""Trainings from hot to a temperature, with algorithms that take a number alone, too; and on where something has changed."""
 
 from typing import Any
 
@@ -48,3 +48,11 @@ def train(
     ent_coef = schedule if cls is SoftQ else temperatures[1]
     agent = cls("MlpPolicy", env, ent_coef=ent_coef, **settings | kwargs | compiled(name, compile))
     return agent.learn(n_steps, Cooling(schedule))
+
+
+def go_on(agent: OffPolicyAlgorithm, env: gym.Env, n_steps: int) -> None:
+    """Train on in an environment that has changed: nothing remembered says what is no longer so."""
+    agent.set_env(env)
+    assert agent.replay_buffer is not None
+    agent.replay_buffer.reset()
+    agent.learn(n_steps, reset_num_timesteps=False)

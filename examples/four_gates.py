@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch as th
 from ant_maze import CELL, Ant, film_ants
-from cooling import train
+from cooling import go_on, train
 from finished import finished, table
 from matplotlib.colors import to_rgba
-from mazes import Map
+from mazes import Map, Maze
 from peers import ALGORITHMS
 from stable_baselines3.common.base_class import BaseAlgorithm
 
@@ -63,9 +63,13 @@ def go(agent: BaseAlgorithm, ants: list[Ant]) -> list[str | None]:
 
 def through(ant: Ant) -> str | None:
     """The gate in which an ant is."""
-    assert ant.maze is not None
-    distances = {name: np.linalg.norm(ant.place - ant.maze.centre(cell)) for name, cell in GATES.items()}
-    return min(distances, key=lambda name: distances[name]) if ant.is_there else None
+    return nearest(ant.place) if ant.is_there else None
+
+
+def nearest(place: np.ndarray) -> str:
+    """The gate that a place is nearest to."""
+    maze = Maze(YARD, CELL)
+    return min(GATES, key=lambda name: float(np.linalg.norm(place - maze.centre(GATES[name]))))
 
 
 def evaluate(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -80,11 +84,7 @@ def evaluate(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     walled_ants = make_ants(args.decisions, walled)
     at_once = args.decisions - go(agent, walled_ants).count(None)
     tracks, walled_tracks = ([ant.track[::4].round(2).tolist() for ant in some] for some in (ants, walled_ants))
-    agent.set_env(make_ants(1, walled)[0])
-    assert agent.replay_buffer is not None
-    # nothing remembered says that the wall can be passed
-    agent.replay_buffer.reset()
-    agent.learn(args.more, reset_num_timesteps=False)
+    go_on(agent, make_ants(1, walled)[0], args.more)
     after = args.decisions - go(agent, walled_ants).count(None)
     return dict(counts=counts, walled=walled, at_once=at_once, after=after, tracks=tracks, walled_tracks=walled_tracks)
 
@@ -122,7 +122,7 @@ def main() -> None:
         ants = make_ants(16)
         agent = ALGORITHMS[args.algos[0]][0].load(args.logs / f"{args.algos[0]}_{args.seeds[0]}.zip", device="cpu")
         go(agent, ants)
-        film_ants(ants, np.array([to_rgba(colour_of(ant.place)) for ant in ants]), args.gif)
+        film_ants(ants, np.array([to_rgba(GATE_COLOURS[nearest(ant.place)]) for ant in ants]), args.gif)
 
 
 def draw(results: dict[str, dict[str, Any]], out: Path) -> None:
@@ -143,15 +143,8 @@ def draw_yard(axes: Any, tracks: list[Any], walled: str | None = None) -> None:
     size = CELL * len(cells) / 2
     axes.imshow(cells, cmap="Greys", vmax=2, extent=(-size, size, -size, size))
     for track in tracks:
-        axes.plot(*np.transpose(track), color=colour_of(np.array(track[-1])), alpha=0.4, linewidth=0.8)
+        axes.plot(*np.transpose(track), color=GATE_COLOURS[nearest(np.array(track[-1]))], alpha=0.4, linewidth=0.8)
     axes.set(xticks=[], yticks=[])
-
-
-def colour_of(place: np.ndarray) -> str:
-    """That of the gate in whose direction a place is."""
-    x, y = place
-    name = ("right" if x > 0 else "left") if abs(x) > abs(y) else ("up" if y > 0 else "down")
-    return GATE_COLOURS[name]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch as th
+from cooling import go_on
 from filming import film
 from finished import finished, table
 from matplotlib.colors import to_rgba
@@ -132,11 +133,7 @@ def evaluate(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     before = reach(agent, Arm(), args.actions)
     locked = SIDES[int(before.shares().mean(axis=0).argmax())]
     at_once = reach(agent, Arm(locked), args.actions)
-    agent.set_env(Arm(locked))
-    assert agent.replay_buffer is not None
-    # nothing remembered says that the elbow can be there
-    agent.replay_buffer.reset()
-    agent.learn(args.more, reset_num_timesteps=False)
+    go_on(agent, Arm(locked), args.more)
     after = reach(agent, Arm(locked), args.actions)
     left, right = before.shares().mean(axis=0)
     return dict(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from cooling import train
+from cooling import go_on, train
 from finished import finished, table
 from peers import ALGORITHMS, COLOURS
 from ring_maze import Ring, draw_paths, roll_out
@@ -68,11 +68,7 @@ def evaluate(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     before = roll_out(agent, Ring(), args.episodes)
     walled = Ring(before.favourite)
     at_once = roll_out(agent, walled, args.episodes)
-    # nothing remembered says that the wall can be passed
-    agent.set_env(walled)
-    assert agent.replay_buffer is not None
-    agent.replay_buffer.reset()
-    agent.learn(args.more, reset_num_timesteps=False)
+    go_on(agent, walled, args.more)
     after = roll_out(agent, walled, args.episodes)
     return dict(
         up=before.up,

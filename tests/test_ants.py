@@ -144,10 +144,11 @@ def test_places_have_walls_and_an_end(modules, place):
     boxes = {tuple(np.round(pos[:2], 6)) for pos, kind in zip(model.geom_pos, model.geom_type, strict=True) if kind == 6}
     assert boxes == {tuple(maze.centre(cell) - maze.centre(maze.start)) for cell in maze.walls}
     np.testing.assert_allclose(ant.place, maze.centre(maze.start), atol=0.2)
-    # it cannot run through the wall behind it
+    # thrown at the wall behind it with ten metres a second, and running there, it stays in its cell
     wall = next(cell for cell in maze.walls if np.abs(np.subtract(cell, maze.start)).sum() == 1)
     way = maze.centre(wall) - maze.centre(maze.start)
     way /= np.linalg.norm(way)
+    data.qvel[:2] = 10 * way
     for _ in range(2):
         ant.step(5 * way)
     assert (ant.place - maze.centre(maze.start)) @ way < 2.0
@@ -199,5 +200,5 @@ def test_a_gate_can_be_walled_up(modules):
             some.reset(seed=0)
             some.step(goal.astype(np.float32))
             assert four_gates.through(some) == there
-        # in the colour of where it went, whether it arrived or not
-        assert four_gates.colour_of(ant.place) == four_gates.colour_of(walled.place) == four_gates.GATE_COLOURS[gate]
+        # whether it arrived or not
+        assert four_gates.nearest(ant.place) == four_gates.nearest(walled.place) == gate
