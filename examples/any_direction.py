@@ -23,7 +23,7 @@ from cooling import train
 from finished import finished, table
 from matplotlib import colormaps
 from mazes import Map
-from peers import ALGORITHMS, COLOURS, compiled
+from peers import ALGORITHMS, COLOURS, compiled, parser_of
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -113,8 +113,7 @@ def fine_tune(name: str, seed: int, place: str, args: argparse.Namespace) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algos", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    parser = parser_of(__doc__, OUT, [0, 1, 2])
     parser.add_argument("--places", nargs="*", choices=list(PLACES), default=list(PLACES))
     parser.add_argument("--steps", type=int, default=8_000, help="of pre-training, each a decision")
     parser.add_argument("--more", type=int, default=4_000, help="steps of fine-tuning, at most")
@@ -122,11 +121,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=100, help="and a fifth of them in each evaluation of fine-tuning")
     parser.add_argument("--first-ent-coef", type=float, default=2.0, help="temperature that training begins with")
     parser.add_argument("--ent-coef", type=float, default=0.5, help="temperature from the half of pre-training on")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers but for rounding")
-    parser.add_argument("--logs", type=Path, default=Path("logs/any_direction"), help="agents and results, one file each")
     parser.add_argument("--gif", type=Path, metavar="FILE", help="film the first agent here (without a screen: MUJOCO_GL=egl)")
-    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
     if args.more < args.eval_freq:
         parser.error(f"--more {args.more} has no evaluation: it must be at least --eval-freq {args.eval_freq}")

@@ -23,7 +23,7 @@ from cooling import go_on, train
 from finished import finished, table
 from matplotlib.colors import to_rgba
 from mazes import Map, Maze
-from peers import ALGORITHMS
+from peers import ALGORITHMS, parser_of
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_softq.plots import new_figure
@@ -90,18 +90,14 @@ def evaluate(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algos", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    # 0 and 1 decided on settings
+    parser = parser_of(__doc__, OUT, [2, 3, 4, 5, 6])
     parser.add_argument("--steps", type=int, default=3_000, help="of training, each a decision")
     parser.add_argument("--more", type=int, default=500, help="further steps with the wall")
     parser.add_argument("--decisions", type=int, default=100)
     parser.add_argument("--first-ent-coef", type=float, default=2.0, help="temperature that training begins with")
     parser.add_argument("--ent-coef", type=float, default=0.5, help="temperature from the half of training on")
-    parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers but for rounding")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4, 5, 6], help="0 and 1 decided on settings")
-    parser.add_argument("--logs", type=Path, default=Path("logs/four_gates"), help="results, one file each")
     parser.add_argument("--gif", type=Path, metavar="FILE", help="film the first agent here (without a screen: MUJOCO_GL=egl)")
-    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
     th.set_num_threads(1)
 

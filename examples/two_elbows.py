@@ -26,7 +26,7 @@ from filming import film
 from finished import finished, table
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Circle
-from peers import ALGORITHMS, compiled
+from peers import ALGORITHMS, compiled, parser_of
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_softq.plots import new_figure
@@ -152,17 +152,12 @@ def evaluate(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algos", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    parser = parser_of(__doc__, OUT, [0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=15_000, help="of training")
     parser.add_argument("--more", type=int, default=2_500, help="further steps with an elbow locked")
     parser.add_argument("--actions", type=int, default=25, help=f"at each goal, at least {N_ATTEMPTS}")
     parser.add_argument("--ent-coef", type=float, default=0.2, help="temperature of all agents")
-    parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers but for rounding")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--logs", type=Path, default=Path("logs/two_elbows"), help="results, one file each")
     parser.add_argument("--gif", type=Path, metavar="FILE", help="film the first agent here (without a screen: MUJOCO_GL=egl)")
-    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
     if args.actions < N_ATTEMPTS:
         parser.error(f"--actions {args.actions} is not allowed: it must be at least {N_ATTEMPTS}")

@@ -20,7 +20,7 @@ import numpy as np
 import torch as th
 from cooling import go_on, train
 from finished import finished, table
-from peers import ALGORITHMS, COLOURS
+from peers import COLOURS, parser_of
 from ring_maze import Ring, draw_paths, roll_out
 
 from sb3_softq.plots import new_figure
@@ -31,17 +31,12 @@ SETTINGS: dict[str, Any] = dict(gamma=0.98, learning_starts=1_000, buffer_size=1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algos", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    parser = parser_of(__doc__, OUT, [0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=20_000, help="of training")
     parser.add_argument("--more", type=int, default=5_000, help="further steps with the wall")
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--ent-coef", type=float, default=0.8, help="temperature from the half of training on")
     parser.add_argument("--first-ent-coef", type=float, default=1.0, help="temperature that training begins with")
-    parser.add_argument("--compile", action="store_true", help="SoftQ compiled: faster, the same numbers but for rounding")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--logs", type=Path, default=Path("logs/two_routes"), help="results, one file each")
-    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure; the numbers are in a .csv beside it")
     args = parser.parse_args()
     th.set_num_threads(1)
 
