@@ -165,6 +165,8 @@ class Interface(NamedTuple):
 def interface(script: Path) -> Interface:
     flags, subcommands = {"-h", "--help"}, set()
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "parser_of":
+            flags |= interface(script.parent / "peers.py").flags
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             strings = {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
             if node.func.attr == "add_argument":
