@@ -11,13 +11,15 @@ around the front of an ant whose front is the side that faces the direction best
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 import onnxruntime
 import torch as th
 from export_onnx import export
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_softq import SoftQ
 
@@ -144,17 +146,15 @@ class Gait:
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         return self.session.run(None, {"obs": obs[None].astype(np.float32)})[0][0]
 
+    def predict(self, obs: np.ndarray, *_: Any, **__: Any) -> tuple[np.ndarray, None]:
+        """The torques of each row, shape (n_envs, 8): what ``evaluate_policy`` of Stable-Baselines3 asks of an agent."""
+        return np.array([self(row) for row in obs]), None
 
-def returns(gait: Gait, n_episodes: int) -> list[float]:
-    """Of episodes in which a step is worth 3 at most: one for standing, and one for each metre a second."""
-    ant, found = RunningAnt(), []
-    for episode in range(n_episodes):
-        obs, ended, total = ant.reset(seed=10_000 + episode)[0], False, 0.0
-        while not ended:
-            obs, reward, fallen, timeout, _ = ant.step(gait(obs))
-            total, ended = total + reward, fallen or timeout
-        found.append(total)
-    return found
+
+def evaluate(gait: Gait, n_episodes: int) -> list[float]:
+    """Returns of episodes in which a step is worth 3 at most: one for standing, and one for each metre a second."""
+    env = make_vec_env(RunningAnt, seed=10_000)
+    return cast("list[float]", evaluate_policy(cast(Any, gait), env, n_episodes, return_episode_rewards=True)[0])
 
 
 def main() -> None:
@@ -169,7 +169,7 @@ def main() -> None:
     agent = SoftQ("MlpPolicy", RunningAnt(), **settings).learn(args.steps, log_interval=50)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     export(agent.ema_actor, args.out)
-    found = returns(Gait(args.out), 20)
+    found = evaluate(Gait(args.out), 20)
     print(f"{args.out}: returns {np.mean(found):,.0f} ± {np.std(found):,.0f} in {len(found)} episodes")
 
 

@@ -123,7 +123,7 @@ def test_the_gait_runs_where_it_is_told(modules):
     """The weights that are in the repository."""
     running_ant = modules["running_ant"]
     # standing still returns 500, and falling at once next to nothing
-    returns = running_ant.returns(running_ant.Gait(), 8)
+    returns = running_ant.evaluate(running_ant.Gait(), 8)
     assert np.median(returns) > 900
 
 
