@@ -33,6 +33,9 @@ def film(path: Path, model: Any, qpos: np.ndarray, robot: str, colours: np.ndarr
     colours = np.broadcast_to(colours if np.ndim(colours) == 3 else colours[:, None], (*qpos.shape[:2], 4))
     frames: list[Any] = []
     with mujoco.Renderer(model, SIZE, SIZE) as renderer:
+        # most of the time without a graphics card, and of the colours
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            renderer.scene.flags[flag] = False
         for frame in range(qpos.shape[1]):
             for i, (place, colour) in enumerate(zip(qpos[:, frame], colours[:, frame], strict=True)):
                 data.qpos[:] = place

@@ -195,7 +195,7 @@ def assert_ants_of_many_colours_move(path):
 
 def test_any_direction(tmp_path):
     """Twice: what is finished is not done again."""
-    steps = ("--steps", 40, "--more", 40, "--eval-freq", 40, "--episodes", 10, "--seeds", 0, 1)
+    steps = ("--steps", 20, "--more", 20, "--eval-freq", 20, "--episodes", 6, "--seeds", 0, 1)
     arguments = ("any_direction.py", "--algos", "SoftQ", "SAC", "--places", "fork", *steps, "--logs", tmp_path / "logs")
     first = example(*arguments, "--out", tmp_path / "figure.png")
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()}
@@ -209,11 +209,11 @@ def test_any_direction(tmp_path):
     assert [row[0] for row in rows] == ["agent", *["SoftQ"] * 2, *["SAC"] * 2, *["from scratch"] * 2]
     assert rows[0][-1] == "fork"
     # not learned within so few steps
-    assert {row[-1] for row in rows[1:]} == {">40"}
+    assert {row[-1] for row in rows[1:]} == {">20"}
     assert image.imread(tmp_path / "figure.png").std() > 0.01
     # results of other steps are not taken for those that are asked for
-    error = example(*arguments, "--episodes", 11, "--out", tmp_path / "figure.png", code=1)
-    assert "'episodes': 10, 'first_ent_coef': 2.0, 'ent_coef': 0.5}, and {'steps': 40, 'episodes': 11, " in error
+    error = example(*arguments, "--episodes", 7, "--out", tmp_path / "figure.png", code=1)
+    assert "'episodes': 6, 'first_ent_coef': 2.0, 'ent_coef': 0.5}, and {'steps': 20, 'episodes': 7, " in error
     assert "give another folder as --logs" in error
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()} == files
 
@@ -228,7 +228,7 @@ def table_of_three(figure):
 
 def test_four_gates(tmp_path):
     """Twice: what is finished is not done again, and can be filmed."""
-    steps = ("--steps", 40, "--more", 10, "--decisions", 8, "--seeds", 0, "--logs", tmp_path / "logs")
+    steps = ("--steps", 20, "--more", 5, "--decisions", 8, "--seeds", 0, "--logs", tmp_path / "logs")
     output = example("four_gates.py", *steps, "--out", tmp_path / "figure.png")
     assert output.count(" walled up: ") == 3
     rows = table_of_three(tmp_path / "figure.png")
