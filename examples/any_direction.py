@@ -7,7 +7,7 @@ An ant that learns to run in any direction, then goes on from there in three pla
 This is section 5.2 of https://arxiv.org/abs/1702.08165 with its robot, but that the gait is given (``running_ant.py``): what
 is learned is where to go every second and a half. One policy is paid for its way from the start, whatever the direction; in
 which directions do 100 episodes go? Then its weights go on in a place with walls, where one way is right. What is finished
-lies in --logs, so that a second call goes on; several calls at once take different --seeds or --algos.
+lies in --logs, so that a second call goes on; several calls at once take different --seeds.
 """
 
 import argparse
