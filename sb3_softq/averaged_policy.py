@@ -41,6 +41,14 @@ class AveragedPolicy(BasePolicy):
         """The actor's weights come from elsewhere, and these critics know nothing of its actions."""
         self.n_averaged, self.is_taught = MATURE, False
 
+    def begin_average(self) -> None:
+        """
+        Average from the next update on as if it were the first: what the critics learn from now on is from other data, maybe
+        of another task, and an average over the actors before would follow only slowly.
+        """
+        if self.is_taught:
+            self.n_averaged = 0.0
+
     def update_ema_actor(self, tau: float) -> None:
         """
         Polyak averaging of the EMA actor towards the actor, after an update of it. The coefficient is ``tau``, or 9 / (n + 9)

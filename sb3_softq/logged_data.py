@@ -47,6 +47,11 @@ class LoggedData(CheckedOffPolicyAlgorithm):
         )
         return self
 
+    @property
+    def has_data(self) -> bool:
+        """Whether there are transitions to learn from, logged ones or the agent's own."""
+        return self.logged_data is not None or (self.replay_buffer is not None and self.replay_buffer.size() > 0)
+
     def pretrain(self: SelfLogged, n_updates: int, log_interval: int = 1_000) -> SelfLogged:
         """
         Learn from the logged data alone, without the environment.

@@ -70,8 +70,8 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         learned, from -3.58 d, that of the narrowest particle, to d log(2), that of uniform actions. ``"auto"`` is -d.
     :param target_update_interval: update the target network every so many gradient steps
     :param actor_tau: Polyak coefficient, in (0, 1], of the EMA actor, which also gives the particles of the soft value (the
-        place of the target policy of DDPG and TD3); training collects data with the trained actor. It begins as an average
-        over the last ninth of the updates, until this is longer than ``1 / actor_tau``. 1 does without
+        place of the target policy of DDPG and TD3); the trained actor collects data. It begins as an average over the last
+        ninth of the updates, until this is longer than ``1 / actor_tau``, and anew where there are no data. 1 does without
     :param normalize_rewards: Whether the critics' loss, and a learned temperature, are in units of the scale of discounted
         returns (:class:`sb3_softq.returns.ReturnScale`), so that rewards may be of any size. All that is asked of the agent
         is in the environment's units. Without it the critics predict a number (``n_bins=1``)
@@ -98,8 +98,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
     actor: SamplingActor
     critic: ParticleCritic
     action_space: spaces.Box
-    # for agents of release 0.1.0, whose actor is a single sampler
-    has_experts = False
+    has_experts = False  # of agents of release 0.1.0, whose actor is a single sampler
     saved_dataclasses = ScaledReturns.saved_dataclasses | {"particle_options": ParticleOptions, "annealing_clock": Annealing}
     floats = (*MaximumEntropyAlgorithm.floats, "actor_learning_rate")
     integers = MaximumEntropyAlgorithm.integers | {"policy_delay": 1, "n_value_particles": 1, "n_actor_particles": 1}
@@ -195,11 +194,10 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         """
         # For n-step replay, discount factor is gamma**n_steps (when no early termination)
         discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
-        next_obs = replay_data.next_observations
+        obs, actions, next_obs = replay_data.observations, replay_data.actions, replay_data.next_observations
         # (batch_size, n_value_particles, action_dim), and log q of eq. (10)
         u, log_prob_a = self.propose(next_obs, self.n_value_particles)
         next_actions = th.tanh(u)
-        obs, actions = replay_data.observations, replay_data.actions
         # (n_critics, batch_size, n_bins), and with an axis for the particles before the last
         if self.policy.batch_norm:
             outputs, next_outputs = self.critic.joint_outputs(obs, actions, next_obs, next_actions)
@@ -359,6 +357,8 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
             check_compiler(self.device)
         super()._begin_learning(reset_num_timesteps)
         self.annealing_clock.begin(self.num_timesteps, reset_num_timesteps, self._n_updates)
+        if not self.has_data:
+            self.policy.begin_average()
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()

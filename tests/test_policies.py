@@ -20,6 +20,7 @@ from torch import nn
 
 from sb3_softq import DiscreteSoftQ, SoftQ
 from sb3_softq.composition import SumOfCritics
+from sb3_softq.data import from_agent
 from tests.conftest import check_training, flat, hidden_sizes, small
 
 OBS = np.random.default_rng(0).uniform(-1, 1, (64, 3)).astype(np.float32)
@@ -159,6 +160,61 @@ def test_parameters_of_a_trained_agent_are_kept(tmp_path, write):
     model.replay_buffer = trained.replay_buffer
     train_on(model)
     th.testing.assert_close(flat(model.ema_actor), expected + 9 / 62 * (flat(model.actor) - expected))
+
+
+def forget(model):
+    model.replay_buffer.reset()
+    return model
+
+
+def load(model, tmp_path):
+    model.save(tmp_path / "model")
+    return SoftQ.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device="cpu", learning_starts=8)
+
+
+def load_with_buffer(model, tmp_path):
+    loaded = load(model, tmp_path)
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("change", "is_anew"),
+    [
+        (lambda model, _: forget(model), True),
+        (lambda model, _: forget(model).set_data(from_agent(make().learn(30))), False),
+        (lambda model, path: load(model, path), True),
+        (lambda model, path: load_with_buffer(model, path), False),
+        (lambda model, _: model, False),
+    ],
+    ids=["emptied", "logged data", "loaded", "loaded with its data", "as it was"],
+)
+@pytest.mark.parametrize("reset_num_timesteps", [False, True])
+def test_the_average_begins_anew_where_nothing_is_left_to_learn_from(tmp_path, change, is_anew, reset_num_timesteps):
+    """So that an agent that goes on to another task follows what it learns there."""
+    model = change(make().learn(60), tmp_path)
+    before, n_before = model._n_updates, model.policy.n_averaged
+    assert n_before == before == 52
+    expected = flat(model.ema_actor)
+    model.learning_starts = model.num_timesteps + 8 if not reset_num_timesteps else 8
+    model.learn(8, reset_num_timesteps=reset_num_timesteps)
+    # until the first update it answers as before
+    assert th.equal(flat(model.ema_actor), expected)
+    model.learn(20, reset_num_timesteps=False)
+    n_new = model._n_updates - before
+    assert n_new > 0
+    assert model.policy.n_averaged == (n_new if is_anew else n_before + n_new)
+
+
+def test_the_average_keeps_what_was_cloned_where_nothing_is_left_to_learn_from():
+    model = make().learn(30)
+    clone(model, model.policy, model.actor.optimizer)
+    imitated = flat(model.actor)
+    forget(model).learn(9)
+    step = flat(model.ema_actor) - imitated
+    assert step.any()
+    th.testing.assert_close(step, 1e-3 * (flat(model.actor) - imitated), rtol=1e-2, atol=1e-7)
 
 
 def test_the_actor_alone_can_be_loaded():
