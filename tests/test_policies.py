@@ -197,7 +197,7 @@ def test_the_average_begins_anew_where_nothing_is_left_to_learn_from(tmp_path, c
     before, n_before = model._n_updates, model.policy.n_averaged
     assert n_before == before == 52
     expected = flat(model.ema_actor)
-    model.learning_starts = model.num_timesteps + 8 if not reset_num_timesteps else 8
+    model.learning_starts = 8 if reset_num_timesteps else model.num_timesteps + 8
     model.learn(8, reset_num_timesteps=reset_num_timesteps)
     # until the first update it answers as before
     assert th.equal(flat(model.ema_actor), expected)
