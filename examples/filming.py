@@ -33,7 +33,7 @@ def film(path: Path, model: Any, qpos: np.ndarray, robot: str, colours: np.ndarr
     colours = np.broadcast_to(colours if np.ndim(colours) == 3 else colours[:, None], (*qpos.shape[:2], 4))
     frames: list[Any] = []
     with mujoco.Renderer(model, SIZE, SIZE) as renderer:
-        # most of the time without a graphics card, and of the colours
+        # they take most of the time where there is no graphics card
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             renderer.scene.flags[flag] = False
         for frame in range(qpos.shape[1]):

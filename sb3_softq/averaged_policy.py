@@ -44,7 +44,8 @@ class AveragedPolicy(BasePolicy):
     def begin_average(self) -> None:
         """
         Average from the next update on as if it were the first: what the critics learn from now on is from other data, maybe
-        of another task, and an average over the actors before would follow only slowly.
+        of another task, and an average over the actors before would follow only slowly. An actor that came from elsewhere is
+        kept, since these critics know nothing of it yet.
         """
         if self.is_taught:
             self.n_averaged = 0.0
