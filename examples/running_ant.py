@@ -11,7 +11,7 @@ around the front of an ant whose front is the side that faces the direction best
 
 import argparse
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -146,15 +146,18 @@ class Gait:
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         return self.session.run(None, {"obs": obs[None].astype(np.float32)})[0][0]
 
-    def predict(self, obs: np.ndarray, *_: Any, **__: Any) -> tuple[np.ndarray, None]:
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, None]:
         """The torques of each row, shape (n_envs, 8): what ``evaluate_policy`` of Stable-Baselines3 asks of an agent."""
-        return np.array([self(row) for row in obs]), None
+        return np.array([self(row) for row in observation]), None
 
 
-def evaluate(gait: Gait, n_episodes: int) -> list[float]:
+def evaluate(gait: Gait, n_episodes: int) -> np.ndarray:
     """Returns of episodes in which a step is worth 3 at most: one for standing, and one for each metre a second."""
     env = make_vec_env(RunningAnt, seed=10_000)
-    return cast("list[float]", evaluate_policy(cast(Any, gait), env, n_episodes, return_episode_rewards=True)[0])
+    returns, _ = evaluate_policy(gait, env, n_episodes, return_episode_rewards=True)
+    return np.array(returns)
 
 
 def main() -> None:
