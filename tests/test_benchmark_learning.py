@@ -513,6 +513,31 @@ def test_report(tmp_path: Path):
     assert without < with_panel
 
 
+def test_published_returns_stand_at_their_step(tmp_path: Path, monkeypatch):
+    """Of deterministic actions, in the versions and after as many steps as they are of."""
+    pytest.importorskip("rliable")
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    report = importlib.import_module("report")
+    write_synthetic(tmp_path / "results.csv")
+    rows = read(tmp_path / "results.csv")
+    for row in rows:
+        # Hopper-v4 ends before it
+        row["step"] = str(int(row["step"]) * (50 if row["env"] != "Hopper-v4" else 25))
+        row["env"] = row["env"].replace("Unknown-v0", "Ant-v5")
+    write_rows(tmp_path / "results.csv", rows)
+
+    def points(returns: str) -> dict[str, list[float]]:
+        results = report.Results([tmp_path / "results.csv"], None, "softq", returns)
+        axes = report.plot_curves(results, returns, 10).axes
+        lines = {ax.get_title(): [line for line in ax.get_lines() if line.get_linestyle() == "None"] for ax in axes}
+        assert all(set(line.get_xdata()) == {100_000} for drawn in lines.values() for line in drawn)
+        plt.close("all")
+        return {env: [float(line.get_ydata()[0]) for line in drawn] for env, drawn in lines.items() if env}
+
+    assert points("deterministic") == {"HalfCheetah-v4": [8112, 8597, 7328], "Hopper-v4": [], "Ant-v5": []}
+    assert not any(points("stochastic").values())
+
+
 def test_report_of_discrete_actions(tmp_path: Path):
     """Environments with a folder in their name, and other scales than MuJoCo's."""
     steps = ("--steps", "300", "--eval-freq", "150", "--seeds", "1", "--jobs", "2", "--logs", "logs")
