@@ -11,13 +11,16 @@ from torch.nn import functional as F
 
 def onednn_is_faster() -> bool:
     """
-    Whether oneDNN multiplies up to twice as fast as MKL, torch's choice for float32: on AMD's processors with AVX-512, which
-    MKL does without there. On Intel's both are as fast, and calls of oneDNN cost more.
+    Whether oneDNN multiplies up to twice as fast as MKL, torch's choice for float32: on AMD's processors since Zen 5, whose
+    AVX-512 MKL does without. Elsewhere both are about as fast, on Zen 4 too, which carries AVX-512 out in halves, and calls of
+    oneDNN cost more.
     """
     has_avx512 = th.backends.cpu.get_cpu_capability() == "AVX512"
-    # older versions of torch do not tell whose it is
+    # older versions of torch do not tell
     capabilities: Mapping[str, Any] = th.cpu.get_capabilities() if hasattr(th.cpu, "get_capabilities") else {}
-    return has_avx512 and th.backends.mkldnn.is_available() and "AMD" in str(capabilities.get("cpu_name", ""))
+    # AVX-VNNI came with Zen 5
+    is_zen5 = "AMD" in str(capabilities.get("cpu_name", "")) and bool(capabilities.get("avx_vnni", False))
+    return has_avx512 and is_zen5 and th.backends.mkldnn.is_available()
 
 
 _ONEDNN_IS_FASTER = onednn_is_faster()

@@ -73,17 +73,24 @@ def test_what_needs_no_gradient_gets_none(library):
 
 @pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
 @pytest.mark.parametrize(
-    ("told", "is_amd"),
-    [({"cpu_name": "AMD EPYC"}, True), ({"cpu_name": "Intel Xeon"}, False), ({}, False), (None, False)],
+    ("told", "is_zen5"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx_vnni": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx_vnni": False}, False),
+        ({"cpu_name": "AMD EPYC"}, False),
+        ({"cpu_name": "Intel Xeon", "avx_vnni": True}, False),
+        ({}, False),
+        (None, False),
+    ],
 )
-def test_mkl_is_left_alone_where_it_is_fast(capability, told, is_amd, monkeypatch):
-    """It does without AVX-512 on AMD's processors; older versions of torch do not say whose it is."""
+def test_mkl_is_left_alone_where_it_is_fast(capability, told, is_zen5, monkeypatch):
+    """It does without AVX-512 on AMD's processors, which loses nothing until Zen 4; older versions of torch do not tell."""
     monkeypatch.setattr(th.backends.cpu, "get_cpu_capability", lambda: capability)
     if told is None:
         monkeypatch.delattr(th.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(th.cpu, "get_capabilities", lambda: told, raising=False)
-    assert onednn_is_faster() == (th.backends.mkldnn.is_available() and capability == "AVX512" and is_amd)
+    assert onednn_is_faster() == (th.backends.mkldnn.is_available() and capability == "AVX512" and is_zen5)
 
 
 def test_other_types_are_left_to_torch(monkeypatch):
