@@ -15,9 +15,8 @@ lint: ## ruff
 type: ## mypy
 	mypy
 
-# Two cores stay busy while one of three waits for other processes
-pytest: ## tests, three workers with one torch thread each; shows the slowest ten
-	OMP_NUM_THREADS=1 pytest -n 3 --durations=10
+pytest: ## tests, two workers with one torch thread each; shows the slowest ten
+	OMP_NUM_THREADS=1 pytest -n 2 --durations=10
 
 pytest-slow: ## tests that learn for minutes
 	OMP_NUM_THREADS=1 pytest -n 2 -m slow
