@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
@@ -153,10 +154,14 @@ def test_killed_run_continues(tmp_path: Path):
     assert process.returncode == 1
 
 
+def module_beside_the_script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module(name)
+
+
 @pytest.fixture
 def training_run(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    return importlib.import_module("training_run")
+    return module_beside_the_script("training_run", monkeypatch)
 
 
 def test_products_have_the_digits_of_float32(training_run):
@@ -516,8 +521,7 @@ def test_report(tmp_path: Path):
 def test_published_returns_stand_at_their_step(tmp_path: Path, monkeypatch):
     """Of deterministic actions, in the versions and after as many steps as they are of."""
     pytest.importorskip("rliable")
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    report = importlib.import_module("report")
+    report = module_beside_the_script("report", monkeypatch)
     write_synthetic(tmp_path / "results.csv")
     rows = read(tmp_path / "results.csv")
     for row in rows:

@@ -1,6 +1,6 @@
 """Statistics and figures of the learning benchmark, see ``learning.py report``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 from time_to_return import (
     SPEED_TABLE,
@@ -55,12 +56,15 @@ REFERENCE_RETURNS = {"HalfCheetah": 9535.0, "Hopper": 2326.0, "Walker2d": 3863.0
 REFERENCE_STEPS = {"Humanoid": 2_000_000}  # the others: 1,000,000
 
 # What others have published of larger networks or more updates: a marker, and the mean return over ten seeds after
-# PUBLISHED_STEP steps (v4, https://github.com/DAVIAN-Robotics/SimbaV2 and https://github.com/danielpalenicek/xqc, results/)
+# PUBLISHED_STEP steps (https://github.com/DAVIAN-Robotics/SimbaV2 and https://github.com/danielpalenicek/xqc, results/)
 PUBLISHED_STEP = 100_000
 PUBLISHED = {
-    "CrossQ, 2x2048": ("o", {"Ant": 2299, "HalfCheetah": 8112, "Hopper": 2764, "Walker2d": 3914, "Humanoid": 2603}),
-    "XQC": ("s", {"Ant": 3018, "HalfCheetah": 8597, "Hopper": 2828, "Walker2d": 3612, "Humanoid": 3265}),
-    "SimbaV2": ("^", {"Ant": 3881, "HalfCheetah": 7328, "Hopper": 2821, "Walker2d": 3023, "Humanoid": 1329}),
+    "CrossQ, 2x2048": (
+        "o",
+        {"Ant-v4": 2299, "HalfCheetah-v4": 8112, "Hopper-v4": 2764, "Walker2d-v4": 3914, "Humanoid-v4": 2603},
+    ),
+    "XQC": ("s", {"Ant-v4": 3018, "HalfCheetah-v4": 8597, "Hopper-v4": 2828, "Walker2d-v4": 3612, "Humanoid-v4": 3265}),
+    "SimbaV2": ("^", {"Ant-v4": 3881, "HalfCheetah-v4": 7328, "Hopper-v4": 2821, "Walker2d-v4": 3023, "Humanoid-v4": 1329}),
 }
 
 # In figures; other labels stand for themselves
@@ -342,29 +346,20 @@ def finish(ax: Axes, **properties: Any) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def add_legend(figure: Figure, results: Results, published: bool = False) -> None:
-    handles = [plt.Line2D([], [], color=results.colours[label], lw=2, label=display(label)) for label in results.labels]
-    if published:
-        handles += [plt.Line2D([], [], label=f"{name}, published", **mark(marker)) for name, (marker, _) in PUBLISHED.items()]
+def add_legend(figure: Figure, results: Results, others: Iterable[Line2D] = ()) -> None:
+    lines = [Line2D([], [], color=results.colours[label], lw=2, label=display(label)) for label in results.labels]
+    handles = [*lines, *others]
     n_columns = len(handles) if len(handles) <= 6 else -(-len(handles) // 2)
     figure.legend(handles=handles, loc="outside lower center", ncols=n_columns, frameon=False)
 
 
-def mark(marker: str) -> dict[str, Any]:
-    """How a published return is drawn."""
-    return dict(marker=marker, ls="", mec="black", mfc="none", clip_on=False, zorder=3)
-
-
 def plot_curves(results: Results, returns: str, reps: int) -> Figure:
-    # deterministic returns of the v4 environments
-    known = [env for env in results.envs if returns == "deterministic" and env in {f"{name}-v4" for name in MUJOCO}]
-    last_steps = results.rows.groupby("env")["step"].max()
-    published = [env for env in known if last_steps[env] >= PUBLISHED_STEP]
     n_columns = 2 if len(results.envs) == 4 else min(len(results.envs), 3)
     n_rows = -(-len(results.envs) // n_columns)
     figure, axes = plt.subplots(
         n_rows, n_columns, figsize=(max(4.1 * n_columns, 5.5), 3.2 * n_rows + 0.3), layout="constrained", squeeze=False
     )
+    published: dict[str, Line2D] = {}
     for ax, env in zip(axes.flat, results.envs, strict=False):
         for label in results.labels:
             table = results.table(label, env)
@@ -373,16 +368,18 @@ def plot_curves(results: Results, returns: str, reps: int) -> Figure:
             ax.fill_between(table.index, *mean_band(table.to_numpy(), reps), color=results.colours[label], alpha=0.15, lw=0)
             ax.plot(table.index, table, color=results.colours[label], lw=0.6, alpha=0.5)
             ax.plot(table.index, table.mean(axis=1), color=results.colours[label], lw=1.8)
-        if env in published:
-            for marker, values in PUBLISHED.values():
-                ax.plot(PUBLISHED_STEP, values[family(env)], **mark(marker))
+        reached = results.rows.loc[results.rows["env"] == env, "step"].max() >= PUBLISHED_STEP
+        for name, (marker, values) in PUBLISHED.items():
+            if returns == "deterministic" and reached and env in values:
+                style = dict(marker=marker, ls="", mec="black", mfc="none", clip_on=False, zorder=3)
+                (published[name],) = ax.plot(PUBLISHED_STEP, values[env], label=f"{name}, published", **style)
         ax.xaxis.set_major_formatter(FuncFormatter(thousands))
         finish(ax, title=env, xlabel="steps")
     for ax in axes.flat[len(results.envs) :]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel(f"{returns} return")
-    add_legend(figure, results, bool(published))
+    add_legend(figure, results, published.values())
     return figure
 
 
