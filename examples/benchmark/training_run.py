@@ -188,11 +188,11 @@ def make_model(run: Run) -> OffPolicyAlgorithm:
         kwargs["action_noise"] = NormalActionNoise(
             np.zeros(env.action_space.shape), np.full(env.action_space.shape, kwargs.pop("noise_std"))
         )
-    # a pair, which a command line can give: from the one rate to the other over the whole of training
+    # what a command line can give: from the one rate to the other over the whole of training, or over its first part
     for name in ("learning_rate", "actor_learning_rate"):
         if isinstance(kwargs.get(name), (list, tuple)):
-            first, last = kwargs[name]
-            kwargs[name] = LinearSchedule(first, last, 1.0)
+            first, last, *part = kwargs[name]
+            kwargs[name] = LinearSchedule(first, last, *(part or [1.0]))
     return CLASSES[run.algo]("MlpPolicy", env, seed=run.seed, device="cpu", **kwargs)
 
 
