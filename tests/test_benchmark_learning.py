@@ -259,13 +259,14 @@ def test_discrete_actions(training_run, algo: str, env_id: str):
         )
 
 
-def test_two_rates_are_one_that_falls(training_run):
-    """Over the whole of training, or over its first part."""
-    changes = dict(learning_rate=(1e-2, 1e-3), actor_learning_rate=[4e-3, 0.0, 0.5])
+@pytest.mark.parametrize(("part", "end"), [([], 0.0), ([0.5], 0.5)], ids=["the whole of training", "its first part"])
+def test_two_rates_are_one_that_falls(training_run, part, end):
+    changes = dict(learning_rate=(1e-2, 1e-3, *part), actor_learning_rate=[4e-3, 0.0, *part])
     run = training_run.Run("softq", "softq", "Pendulum-v1", 1, 1000, 500, 500, changes, "logs")
     model = training_run.make_model(run)
-    assert [model.lr_schedule(progress) for progress in (1, 0.5, 0)] == pytest.approx([1e-2, 5.5e-3, 1e-3])
-    assert [model.actor_lr_schedule(progress) for progress in (1, 0.75, 0.5, 0)] == pytest.approx([4e-3, 2e-3, 0.0, 0.0])
+    middle = (1 + end) / 2
+    assert [model.lr_schedule(progress) for progress in (1, middle, end, 0)] == pytest.approx([1e-2, 5.5e-3, 1e-3, 1e-3])
+    assert [model.actor_lr_schedule(progress) for progress in (1, middle, end, 0)] == pytest.approx([4e-3, 2e-3, 0.0, 0.0])
 
 
 def test_games_begin_with_their_seed_and_end(training_run):
