@@ -131,7 +131,7 @@ def test_actions_that_do_not_fit(actions):
 @pytest.mark.parametrize(("target_entropy", "sign"), [(np.log(N_ACTIONS), 1), (0.0, -1)])
 def test_temperature_follows_the_entropy(target_entropy, sign):
     model = make(target_entropy=target_entropy).learn(30)
-    assert sign * (float(model.log_ent_coef) - np.log(0.01)) > 0
+    assert sign * (model.log_ent_coef.item() - np.log(0.01)) > 0
     assert th.equal(model.policy.ent_coef, model.ent_coef_tensor)
 
 

@@ -11,6 +11,7 @@ it. Writes ``examples/benchmark/results/fidelity.csv``. Changes against the defa
 import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +23,7 @@ import pandas as pd
 import torch as th
 from bandits import CASES, FOUR_MODES, SHORT_TRAINING, errors
 from stable_baselines3 import SAC
+from stable_baselines3.common.utils import LinearSchedule
 from variants import VARIANTS as PATCHES
 
 from sb3_softq import SoftQ
@@ -40,6 +42,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mean in the soft value": dict(variant="mean_value"),
     "4 particles in the soft value": dict(n_value_particles=4),
     "noise enters the first layer": dict(policy_kwargs={"net_arch": {"pi": [], "qf": [64, 64]}, "head_arch": [64, 64]}),
+    "learning rate over half of training": dict(learning_rate=LinearSchedule(1e-3, 3e-4, 0.5)),
+    "learning rate to 5e-4 over three tenths": dict(learning_rate=LinearSchedule(1e-3, 5e-4, 0.3)),
+    "learning rate 5e-4": dict(learning_rate=5e-4),
     "no annealing": dict(particle_options=dict(annealing=1.0)),
     "repulsion by the kernel": dict(particle_options=dict(repulsion="kernel")),
     "repulsion by the kernel, local smoothing": dict(
@@ -51,18 +56,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 MEASURES = ("total_variation", "share", "soft_value")
-TRAINING_STEPS = SHORT_TRAINING["learning_starts"] + 6_000
 
 
-def measure(variant: str, case: str, seed: int) -> dict[str, Any]:
+def measure(variant: str, case: str, seed: int, n_updates: int) -> dict[str, Any]:
     """Train one agent and compare it with the truth."""
     th.set_num_threads(1)
     env = (CASES | FOUR_MODES)[case]()
-    kwargs = SHORT_TRAINING | VARIANTS[variant] | dict(seed=seed)
+    steps = SHORT_TRAINING["learning_starts"] + n_updates
+    # all transitions are kept
+    kwargs = SHORT_TRAINING | VARIANTS[variant] | dict(seed=seed, buffer_size=max(SHORT_TRAINING["buffer_size"], steps))
     if "variant" in kwargs:
         PATCHES[SoftQ][kwargs.pop("variant")]()
     kwargs["policy_kwargs"] = SHORT_TRAINING["policy_kwargs"] | kwargs["policy_kwargs"]
-    model = (SAC if variant == "SAC" else SoftQ)("MlpPolicy", env, **kwargs).learn(TRAINING_STEPS)
+    model = (SAC if variant == "SAC" else SoftQ)("MlpPolicy", env, **kwargs).learn(steps)
     found = {name: round(value, 3) for name, value in errors(env, model).items()}
     patch.stopall()
     return dict(variant=variant, case=case, seed=seed) | {name: found.get(name, "") for name in MEASURES}
@@ -73,6 +79,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["default"], choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--cases", nargs="+", default=[*CASES, *FOUR_MODES], choices=[*CASES, *FOUR_MODES], metavar="CASE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--updates", type=int, default=6_000, help="of each agent (default: 6000)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="agents trained at once (default: cores)")
     parser.add_argument("--out", type=Path, default=Path("examples/benchmark/results/fidelity.csv"))
     args = parser.parse_args()
@@ -80,7 +87,7 @@ def main() -> None:
     runs = list(product(args.variants, args.cases, args.seeds))
     rows = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        for row in pool.map(measure, *zip(*runs, strict=True)):
+        for row in pool.map(partial(measure, n_updates=args.updates), *zip(*runs, strict=True)):
             rows.append(row)
             # takes the place of older results once it is whole
             pd.DataFrame(rows).to_csv(args.out.with_suffix(".part"), index=False)
