@@ -72,16 +72,18 @@ def wait_until(condition, process: subprocess.Popen | None = None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("script", "args", "message"),
     [
-        (("run", "--steps", "1e400"), "'1e400' is not a positive number"),
-        (("report", "--csv", "nowhere.csv"), "No such file or directory"),
-        (("report", "--csv", "empty.csv"), "No columns to parse"),
+        ("learning.py", ("run", "--steps", "1e400"), "'1e400' is not a positive number"),
+        ("learning.py", ("report", "--csv", "nowhere.csv"), "No such file or directory"),
+        ("learning.py", ("report", "--csv", "empty.csv"), "No columns to parse"),
+        ("fidelity.py", ("--updates", "0"), "'0' is not a positive number"),
+        ("soak.py", ("--steps", "2999", "--every", "1000"), "--steps 2999 is not allowed"),
     ],
 )
-def test_what_is_wrong_is_said_without_a_traceback(tmp_path: Path, args: tuple[str, ...], message: str):
+def test_what_is_wrong_is_said_without_a_traceback(tmp_path: Path, script: str, args: tuple[str, ...], message: str):
     (tmp_path / "empty.csv").write_text("")
-    process = start(tmp_path, *args)
+    process = start(tmp_path, *args, script=SCRIPT.with_name(script))
     output = process.communicate(timeout=300)[0]
     assert process.returncode != 0
     assert message in output

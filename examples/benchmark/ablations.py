@@ -14,7 +14,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from learning import CHECKPOINT_FREQ, HERE, LOGS, Run, make_parser, positive, train_runs
+from arguments import positive
+from learning import CHECKPOINT_FREQ, HERE, LOGS, Run, make_parser, train_runs
 
 # Not that of the results: ablations decide about settings
 EVALUATION_SEED = 5_000

@@ -19,6 +19,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch as th
+from arguments import positive
 from stable_baselines3.common.callbacks import CheckpointCallback
 
 from sb3_softq import SoftQ
@@ -36,9 +37,9 @@ COLUMNS = ("callback", "fill", "seconds", "megabytes")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Seconds and megabytes of a checkpoint")
-    parser.add_argument("--fills", type=int, nargs="+", default=list(FILLS), help="transitions in the replay buffer")
-    parser.add_argument("--save-freq", type=int, default=10_000, help="transitions between saves (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="saves of each, whose median counts (default: %(default)s)")
+    parser.add_argument("--fills", type=positive, nargs="+", default=list(FILLS), help="transitions in the replay buffer")
+    parser.add_argument("--save-freq", type=positive, default=10_000, help="transitions between saves (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=5, help="saves of each, the median counts (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: that of temporary files)")
     results = Path(__file__).parent / "results" / "checkpoint_cost.csv"
     parser.add_argument("--out", type=Path, default=results, help="CSV file (default: %(default)s)")

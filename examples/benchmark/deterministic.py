@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import torch as th
+from arguments import positive
 from bandits import SHORT_TRAINING, Bandit
 
 from sb3_softq import SoftQ
@@ -115,7 +116,7 @@ def evaluate(model: SoftQ, env: gym.Env, candidate: Candidate, n_episodes: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("agents", type=Path, nargs="+")
-    parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--episodes", type=positive, default=10)
     parser.add_argument("--out", type=Path, default=Path("examples/benchmark/results/deterministic.csv"))
     args = parser.parse_args()
     th.set_num_threads(1)

@@ -21,6 +21,7 @@ from unittest.mock import patch
 import numpy as np
 import pandas as pd
 import torch as th
+from arguments import positive
 from bandits import CASES, FOUR_MODES, SHORT_TRAINING, errors
 from stable_baselines3 import SAC
 from stable_baselines3.common.utils import LinearSchedule
@@ -79,8 +80,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["default"], choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--cases", nargs="+", default=[*CASES, *FOUR_MODES], choices=[*CASES, *FOUR_MODES], metavar="CASE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--updates", type=int, default=6_000, help="of each agent (default: 6000)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="agents trained at once (default: cores)")
+    parser.add_argument("--updates", type=positive, default=6_000, help="of each agent (default: 6000)")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="agents trained at once (default: cores)")
     parser.add_argument("--out", type=Path, default=Path("examples/benchmark/results/fidelity.csv"))
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)

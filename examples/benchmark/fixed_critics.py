@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import pandas as pd
 import torch as th
+from arguments import positive
 from stable_baselines3.common.utils import update_learning_rate
 from variants import VARIANTS
 
@@ -104,7 +105,7 @@ def measure(teacher: SoftQ, name: str, seed: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="Walker2d-v4")
-    parser.add_argument("--steps", type=int, default=15_000, help="of the agent whose critics teach")
+    parser.add_argument("--steps", type=positive, default=15_000, help="of the agent whose critics teach")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="SETTING")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the actors")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fixed_critics.csv")

@@ -21,7 +21,6 @@ import argparse
 import ast
 import csv
 import json
-import math
 import os
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from arguments import positive
 from time_to_return import SPEED_ROWS, SPEED_TABLE, parse_threshold
 
 # torch and Stable-Baselines3 are imported by training_run.py only: this process waits beside busy cores
@@ -347,14 +347,6 @@ def parse_change(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
-
-
-def positive(text: str) -> int:
-    # through float, so that 1e6 is understood
-    number = float(text)
-    if not 1 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(number)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import ray
+from arguments import positive
 from ray.cluster_utils import Cluster
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
@@ -69,11 +70,13 @@ def measure(kinds: dict[str, Callable[..., VecEnv]], args: argparse.Namespace, r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-envs", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--n-envs", type=positive, nargs="+", default=[2, 8])
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "ray_throughput.csv")
     args = parser.parse_args()
+    if not args.seconds > 0:
+        parser.error(f"--seconds {args.seconds} is not allowed: it must be positive")
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
     rows: list[dict[str, Any]] = []

@@ -27,6 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import psutil
 import torch as th
+from arguments import positive
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
@@ -49,11 +50,15 @@ RESULTS = Path(__file__).parent / "results"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Memory, open files and speed over a long run")
-    parser.add_argument("--steps", type=int, default=300_000, help="steps of all environments (default: %(default)s)")
-    parser.add_argument("--every", type=int, default=5_000, help="steps between two looks (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=300_000, help="steps of all environments (default: %(default)s)")
+    parser.add_argument("--every", type=positive, default=5_000, help="steps between two looks (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of soak.csv and soak.png (default: %(default)s)")
     parser.add_argument("--keep-freed", action="store_true", help="let glibc keep large freed blocks, as it does by default")
-    return parser.parse_args()
+    args = parser.parse_args()
+    # the environments step together
+    if args.steps < 3 * math.ceil(args.every / N_ENVS) * N_ENVS:
+        parser.error(f"--steps {args.steps} is not allowed: it must be at least three times --every {args.every}")
+    return args
 
 
 class MallInfo2(ctypes.Structure):

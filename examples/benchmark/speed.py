@@ -40,6 +40,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
+from arguments import positive
 from gymnasium import spaces
 from matmul import measure_matmuls
 from measuring import Row, interleave, machine, ratio, set_threads, show, write
@@ -405,7 +406,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["table", "growth", "predict", "start", "memory"], help="measure this part alone")
     parser.add_argument("--quick", action="store_true", help="smoke run, its numbers mean nothing")
     parser.add_argument("--long", action="store_true", help="memory over 50,000 steps")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="torch threads of the table")
+    parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2], help="torch threads of the table")
     parser.add_argument(
         "--matmul-precision",
         choices=["highest", "medium"],
