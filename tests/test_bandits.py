@@ -1,12 +1,6 @@
 """After a short training on a one-step environment the policy is the Boltzmann distribution of the reward."""
 
-import subprocess
-import sys
-from itertools import product
-from pathlib import Path
-
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import integrate
 from stable_baselines3 import SAC
@@ -14,7 +8,6 @@ from stable_baselines3 import SAC
 from examples.benchmark.bandits import CASES, FOUR_MODES, SHORT_TRAINING, Modes, boltzmann, errors, four_modes, total_variation
 from sb3_softq import SoftQ
 
-FIDELITY = Path(__file__).parents[1] / "examples" / "benchmark" / "fidelity.py"
 # So few updates need all of the rate: five contexts are 0.31 away where it falls, and 0.11 after 6,000 updates
 TRAINING = SHORT_TRAINING | dict(learning_rate=1e-3)
 # Narrow modes and several contexts take longer to be right. The narrow mode of the plane is found on most seeds, not on all
@@ -78,25 +71,3 @@ def test_four_modes_lie_in_the_box_far_from_each_other(action_dim):
     distances = np.linalg.norm(centres[:, None] - centres, axis=2)[np.triu_indices(4, 1)]
     assert distances.min() >= 5.6 * modes.widths[0]
     assert modes.masses() == pytest.approx([modes.masses()[0]] * 4)
-
-
-def test_fidelity_writes_a_row_for_each_training(tmp_path):
-    """Through its command line: each change, task and seed, and the numbers that there are of them."""
-    variants, cases = ["default", "SAC"], ["two_modes", "four_modes_4d"]
-    command = ["--variants", *variants, "--cases", *cases, "--seeds", "3", "4", "--updates", "16", "--jobs", "1"]
-    out = tmp_path / "new" / "fidelity.csv"
-    result = subprocess.run([sys.executable, FIDELITY, *command, "--out", out], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert list(out.parent.iterdir()) == [out]
-    table = pd.read_csv(out).set_index(["variant", "case", "seed"])
-    assert list(table.index) == list(product(variants, cases, [3, 4]))
-    assert list(table.columns) == ["total_variation", "share", "soft_value"]
-    in_one_dimension = table.index.get_level_values("case") == "two_modes"
-    np.testing.assert_array_equal(table.total_variation.notna(), in_one_dimension)
-    np.testing.assert_array_equal(table.share.notna(), ~in_one_dimension)
-    # SAC has no soft value
-    np.testing.assert_array_equal(table.soft_value.notna(), table.index.get_level_values("variant") == "default")
-    # 16 updates teach nothing: half of a box cannot be two narrow modes
-    assert table.total_variation.dropna().between(0.2, 1.0).all()
-    first, second = table.total_variation["SAC", "two_modes"]
-    assert f"SAC, two_modes: total_variation {first:+.2f} {second:+.2f}\n" in result.stdout

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch as th
 from scipy.special import log_softmax
@@ -88,6 +90,27 @@ def test_what_is_wrong_is_said_without_a_traceback(tmp_path: Path, script: str, 
     assert process.returncode != 0
     assert message in output
     assert "Traceback" not in output
+
+
+def test_fidelity_writes_a_row_for_each_training(tmp_path: Path):
+    """Each change, task and seed, and the numbers that there are of them."""
+    variants, cases = ["default", "SAC"], ["two_modes", "four_modes_4d"]
+    args = ["--variants", *variants, "--cases", *cases, "--seeds", "3", "4", "--updates", "16", "--jobs", "1"]
+    output = call(tmp_path, *args, "--out", "new/fidelity.csv", script=SCRIPT.with_name("fidelity.py"))
+    out = tmp_path / "new" / "fidelity.csv"
+    assert list(out.parent.iterdir()) == [out]
+    table = pd.read_csv(out).set_index(["variant", "case", "seed"])
+    assert list(table.index) == list(product(variants, cases, [3, 4]))
+    assert list(table.columns) == ["total_variation", "share", "soft_value"]
+    in_one_dimension = table.index.get_level_values("case") == "two_modes"
+    np.testing.assert_array_equal(table.total_variation.notna(), in_one_dimension)
+    np.testing.assert_array_equal(table.share.notna(), ~in_one_dimension)
+    # SAC has no soft value
+    np.testing.assert_array_equal(table.soft_value.notna(), table.index.get_level_values("variant") == "default")
+    # 16 updates teach nothing: half of a box cannot be two narrow modes
+    assert table.total_variation.dropna().between(0.2, 1.0).all()
+    first, second = table.total_variation["SAC", "two_modes"]
+    assert f"SAC, two_modes: total_variation {first:+.2f} {second:+.2f}\n" in output
 
 
 def test_a_run_that_is_named_twice_is_trained_once(tmp_path: Path):

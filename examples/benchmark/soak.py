@@ -55,9 +55,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of soak.csv and soak.png (default: %(default)s)")
     parser.add_argument("--keep-freed", action="store_true", help="let glibc keep large freed blocks, as it does by default")
     args = parser.parse_args()
-    # the environments step together
-    if args.steps < 3 * math.ceil(args.every / N_ENVS) * N_ENVS:
-        parser.error(f"--steps {args.steps} is not allowed: it must be at least three times --every {args.every}")
+    # a look in each third of the run, and the environments step together
+    least = 3 * math.ceil(args.every / N_ENVS) * N_ENVS
+    if args.steps < least:
+        parser.error(f"--steps {args.steps} is not allowed: with --every {args.every} it must be at least {least}")
     return args
 
 
