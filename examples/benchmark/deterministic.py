@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("agents", type=Path, nargs="+")
     parser.add_argument("--episodes", type=positive, default=10)
-    parser.add_argument("--out", type=Path, default=Path("examples/benchmark/results/deterministic.csv"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "deterministic.csv")
     args = parser.parse_args()
     th.set_num_threads(1)
 

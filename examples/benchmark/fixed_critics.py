@@ -24,7 +24,8 @@ from variants import VARIANTS
 
 from sb3_softq import SoftQ
 
-POINTS = (100, 300, 600, 1000, 2000, 3000)
+# Updates after which an actor is looked at, and after its last one
+POINTS = (100, 300, 600, 1000, 2000)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ SETTINGS = {
 }
 
 
-def measure(teacher: SoftQ, name: str, seed: int) -> list[dict[str, Any]]:
-    """A new actor that learns from the teacher's critics: Q, entropy, temperature and seconds of CPU on the way."""
+def measure(teacher: SoftQ, name: str, seed: int, points: list[int]) -> list[dict[str, Any]]:
+    """A new actor that learns from the teacher's critics: Q, entropy, temperature and seconds of CPU after so many updates."""
     setting = SETTINGS[name]
     env, buffer = teacher.get_env(), teacher.replay_buffer
     assert env is not None
@@ -86,13 +87,13 @@ def measure(teacher: SoftQ, name: str, seed: int) -> list[dict[str, Any]]:
     # the same for all
     obs = buffer._get_samples(th.randperm(buffer.size(), generator=th.Generator().manual_seed(0))[:1000].numpy()).observations
     rows, seconds = [], 0.0
-    for i in range(1, max(POINTS) + 1):
+    for i in range(1, points[-1] + 1):
         data = buffer.sample(model.batch_size)
         begin = time.process_time()
         stats = model.update_actor(data, model.ent_coef_tensor)
         model._update_ent_coef(stats["entropy"])
         seconds += time.process_time() - begin
-        if i in POINTS:
+        if i in points:
             with th.no_grad():
                 actions = th.tanh(model.actor.sample(obs, 64))
                 q_value = model.critic.q_values(model.critic.features(obs), actions).amin(dim=0).mean()
@@ -108,19 +109,22 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=15_000, help="of the agent whose critics teach")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="SETTING")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the actors")
+    parser.add_argument("--updates", type=positive, default=3_000, help="of each actor")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fixed_critics.csv")
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    points = [*(n for n in POINTS if n < args.updates), args.updates]
     th.set_num_threads(1)
     teacher = SoftQ("MlpPolicy", args.env, learning_starts=min(5_000, args.steps // 3), compile=True, seed=60, device="cpu")
     teacher.learn(args.steps)
     rows = []
     for name in args.settings:
         for seed in args.seeds:
-            rows += measure(teacher, name, seed)
+            rows += measure(teacher, name, seed, points)
         table = pd.DataFrame(rows)
         means = table[table.setting == name].groupby("n_updates")[["q_value", "seconds"]].mean()
         values = "  ".join(f"{n}: {row.q_value:.2f}" for n, row in means.iterrows())
-        print(f"{name}  {values}  {1e3 * means.seconds.iloc[-1] / max(POINTS):.1f} ms", flush=True)
+        print(f"{name}  {values}  {1e3 * means.seconds.iloc[-1] / args.updates:.1f} ms", flush=True)
         table.round(4).to_csv(args.out, index=False)
 
 

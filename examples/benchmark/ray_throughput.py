@@ -10,6 +10,7 @@ turns, and medians are quoted.
 
 import argparse
 import csv
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -75,8 +76,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "ray_throughput.csv")
     args = parser.parse_args()
-    if not args.seconds > 0:
-        parser.error(f"--seconds {args.seconds} is not allowed: it must be positive")
+    if not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds {args.seconds} is not allowed: it must be positive and finite")
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
     rows: list[dict[str, Any]] = []
