@@ -1,5 +1,6 @@
 """What the tests share: environments, small agents, and what is asked of them."""
 
+import multiprocessing
 import re
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import nn
 
 from sb3_softq import ParticleOptions, SoftQ, products
 from sb3_softq.batch_norm import JointBatchNorm
+
+# Processes of environments, and those that a test kills, are forked from one that has imported what takes seconds
+multiprocessing.set_forkserver_preload(["tests.conftest", "mujoco"])
 
 
 class OneStep(gym.Env):

@@ -1,14 +1,12 @@
 """A run that is killed and resumed in another process computes what one that is not interrupted does, to the bit."""
 
 import hashlib
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
-from pathlib import Path
 
 import gymnasium as gym
 import mujoco
@@ -33,7 +31,6 @@ from sb3_softq.faults import FaultyEnvironmentError, set_timeout
 from sb3_softq.serialization.values import OpaqueError, decode, encode
 from tests.conftest import RandomEnv, StopAfter, small
 
-ROOT = Path(__file__).parent.parent
 N_STEPS, SAVE_FREQ = 240, 60
 BOX = spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
 
@@ -170,15 +167,10 @@ def train_and_die(case, path):
 
 
 def killed(case, path):
-    program = "import sys; from tests.test_exact_resume import train_and_die; train_and_die(*sys.argv[1:])"
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, case, str(path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == -signal.SIGKILL
+    process = multiprocessing.get_context("forkserver").Process(target=train_and_die, args=(case, path))
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == -signal.SIGKILL
     assert 2 * SAVE_FREQ <= steps_done(path) <= 2 * SAVE_FREQ + 8
 
 
