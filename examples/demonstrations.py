@@ -55,7 +55,7 @@ def drive(env: Ring, route: str, rng: np.random.Generator) -> Trajectory:
 def clone_gaussian(data: list[Trajectory], seed: int, n_updates: int) -> SAC:
     """What ``SoftQ.clone_behaviour`` does, for the actor of SAC."""
     softq = SoftQ("MlpPolicy", Ring(), seed=seed, device="cpu").set_data(data)
-    model = SAC("MlpPolicy", Ring(), seed=seed, device="cpu", learning_rate=softq.learning_rate)
+    model = SAC("MlpPolicy", Ring(), seed=seed, device="cpu", learning_rate=softq.lr_schedule)
     buffer = softq.logged_data
     assert buffer is not None
     for i in range(n_updates):

@@ -107,13 +107,17 @@ def check_schedule(
         check_number(f"{name}({progress_remaining:g})", number, low, high, open_low=open_low and not at_end)
 
 
-def check_learning_rate(name: str, value: float | Schedule, may_be_zero: bool = False) -> None:
+def check_learning_rate(name: str, value: Any, may_be_zero: bool = False, may_be_auto: bool = False) -> None:
     """
     :param name: Name of the argument
     :param value: A number, or a function of the progress remaining, which may fall to zero
     :param may_be_zero: Whether a number may be zero
+    :param may_be_auto: Whether it may be ``"auto"``
     :raises ValueError: if a value is not a finite number between zero and ``MAX_LEARNING_RATE``
     """
+    if may_be_auto and isinstance(value, str):
+        check_auto(name, value, with_initial_value=False)
+        return
     check_schedule(name, value, 0.0, open_low=not may_be_zero, may_end_at_low=True, high=MAX_LEARNING_RATE)
 
 

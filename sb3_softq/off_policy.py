@@ -65,6 +65,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
     _keeps_action_noise = False
     # Steps, and statistics of VecNormalize, when the newest transition was stored
     _stored: tuple[int, Any] = (0, [])
+    # What learning_rate="auto" is where an algorithm has it: from the first linearly to the second within so many updates
+    auto_learning_rate: ClassVar[tuple[float, float, int] | None] = None
     # Arguments that are converted to float if they came as another kind of number
     floats: tuple[str, ...] = ("learning_rate",)
     # Attributes that are converted to int if they came as another kind of number, and their smallest values
@@ -126,7 +128,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         # one that was loaded may act in several environments, however it was trained
         self.train_freq = check_train_freq(self.train_freq, 1 if self._is_loaded else self.n_envs)
         # The RL Zoo loads agents that are only to act with a learning rate of 0
-        check_learning_rate("learning_rate", self.learning_rate, may_be_zero=self._is_loaded)
+        may_be_auto = self.auto_learning_rate is not None
+        check_learning_rate("learning_rate", self.learning_rate, may_be_zero=self._is_loaded, may_be_auto=may_be_auto)
         for name, minimum in self.integers.items():
             setattr(self, name, check_integer(name.removeprefix("_"), getattr(self, name), minimum))
         check_number("tau", self.tau, 0.0, 1.0)
@@ -170,6 +173,18 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
                 f"one that can be built for observation_space={self.observation_space!r} ({type(error).__name__}: {error})"
             ) from error
         self.replay_buffer_class, self.replay_buffer_kwargs, self.policy_kwargs = buffer_class, buffer_kwargs, policy_kwargs
+
+    def _setup_lr_schedule(self) -> None:
+        if isinstance(self.learning_rate, str):
+            self.lr_schedule = self._auto_lr
+        else:
+            super()._setup_lr_schedule()
+
+    def _auto_lr(self, progress_remaining: float) -> float:
+        """That of the updates so far, which needs no length of training and goes on from one ``learn`` to the next."""
+        assert self.auto_learning_rate is not None
+        first, last, n_updates = self.auto_learning_rate
+        return first + (last - first) * min(self._n_updates / n_updates, 1.0)
 
     def _policy_arguments(self) -> dict[str, Any]:
         """``policy_kwargs`` and what the algorithm's own arguments add to them; load() compares the user's alone."""
@@ -363,7 +378,9 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         self._last_obs = None
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_is_loaded", "_keeps_action_noise", "_stored"]
+        # schedules are made from the learning rates
+        schedules = ("lr_schedule", "actor_lr_schedule", "ent_coef_lr_schedule")
+        return [*super()._excluded_save_params(), "_is_loaded", "_keeps_action_noise", "_stored", *schedules]
 
 
 def _is_of_a_library(cls: Any) -> bool:

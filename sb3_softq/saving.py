@@ -66,8 +66,7 @@ class SafelySaved(OffPolicyAlgorithm):
         networks, variables = self._get_torch_save_params()
         left_out = {*self._excluded_save_params(), *(exclude or ())} - set(include or ())
         left_out |= {name.partition(".")[0] for name in (*networks, *variables)}
-        # schedules of learning rates are made from these
-        data = {name: x for name, x in vars(self).items() if name not in left_out and not name.endswith("lr_schedule")}
+        data = {name: x for name, x in vars(self).items() if name not in left_out}
         contents = Contents(data, self.get_parameters(), {name: getattr(self, name) for name in variables})
         write_agent(path, type(self).__name__, contents, self._objects())
 

@@ -51,7 +51,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
     :param compile: Whether the updates are compiled with ``torch.compile``, which takes some seconds at their first call,
         a C++ compiler and a release of torch that traces gradients (2.13 does)
     :param learning_rate: learning rate of critics and actor, float or function of the progress remaining (from 1 to 0); by
-        default it falls linearly from 1e-3 to 3e-4 within a call of ``learn`` (a number suits a training in many calls)
+        default it falls linearly from 1e-3 to 3e-4 within a call of ``learn``, with ``"auto"`` over the first 50,000 updates
     :param buffer_size: size of the replay buffer
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update, at least 2 with batch normalisation
@@ -98,6 +98,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
     actor: SamplingActor
     critic: ParticleCritic
     action_space: spaces.Box
+    auto_learning_rate = (1e-3, 3e-4, 50_000)
     has_experts = False  # of agents of release 0.1.0, whose actor is a single sampler
     saved_dataclasses = ScaledReturns.saved_dataclasses | {"particle_options": ParticleOptions, "annealing_clock": Annealing}
     floats = (*MaximumEntropyAlgorithm.floats, "actor_learning_rate")
@@ -107,7 +108,7 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         self,
         policy: str | type[SoftQPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = LinearSchedule(1e-3, 3e-4, 1.0),
+        learning_rate: float | str | Schedule = LinearSchedule(1e-3, 3e-4, 1.0),
         buffer_size: int = 1_000_000,  # 1e6
         learning_starts: int = 100,
         batch_size: int = 256,
@@ -336,10 +337,8 @@ class SoftQ(Queries, BehaviourCloning, OwnTarget, ScaledReturns, MaximumEntropyA
         n_experts = self.policy_kwargs.get("n_experts", N_EXPERTS) if self.has_experts else 1
         self.particle_options.check(self.n_actor_particles, self.policy_kwargs.get("smoothing", "learned"), n_experts)
         if self.batch_size == 1 and self.policy_kwargs.get("batch_norm", True):
-            raise ValueError(
-                "batch_size=1 is not allowed: it must be an integer >= 2 with batch normalisation "
-                "(policy_kwargs=dict(batch_norm=False) does without)"
-            )
+            allowed = "an integer >= 2 with batch normalisation (policy_kwargs=dict(batch_norm=False) does without)"
+            raise ValueError(f"batch_size=1 is not allowed: it must be {allowed}")
         check_flag("bfloat16", self.bfloat16)
         check_flag("compile", self.compile)
         if self.compile and not self._is_loaded:  # an agent that was trained elsewhere may act where nothing compiles

@@ -102,10 +102,17 @@ def test_none_is_no_number(name):
     assert "a finite number" in refused(name, None)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "actor_learning_rate", "ent_coef_learning_rate"])
+@pytest.mark.parametrize("name", ["actor_learning_rate", "ent_coef_learning_rate"])
 @pytest.mark.parametrize("value", ["1e-3", "auto", "lin_1e-3"])
 def test_learning_rates_are_no_strings(name, value):
     assert "a finite number > 0.0" in refused(name, value)
+
+
+@pytest.mark.parametrize("value", ["1e-3", "auto_1e-3", "lin_1e-3", "Auto", ""])
+def test_the_learning_rate_is_no_string_but_auto(value):
+    assert "a number or 'auto'" in refused("learning_rate", value)
+    with pytest.raises(ValueError, match="learning_rate='auto' is not allowed: it must be a finite number > 0"):
+        DiscreteSoftQ("MlpPolicy", "CartPole-v1", learning_rate="auto")
 
 
 @pytest.mark.parametrize("value", [0, 1e-9, -1e-3, 1e9, 1e-40, NAN, INF, True, [1e-3], th.tensor(1e-3)])
@@ -493,7 +500,7 @@ def names(*valid):
 
 
 ARGUMENTS = {
-    "learning_rate": schedules,
+    "learning_rate": st.one_of(schedules, names("auto")),
     "actor_learning_rate": schedules,
     "ent_coef_learning_rate": schedules,
     "ent_coef": schedules,

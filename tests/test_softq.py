@@ -198,6 +198,27 @@ def test_learning_rates_end_where_their_schedules_end():
     assert model.ent_coef_optimizer.param_groups[0]["lr"] == pytest.approx(3e-4)
 
 
+def test_the_automatic_learning_rate_follows_the_updates(tmp_path):
+    """Not the steps or the length of training; in each further call, and in an agent that was saved, it goes on."""
+    model = small(learning_rate="auto", learning_starts=20, gradient_steps=3).learn(40)
+    path = tmp_path / "agent"
+    for suffix in (".zip", ".safetensors"):
+        model.save(path.with_suffix(suffix))
+    loaded = [SoftQ.load(path.with_suffix(suffix), model.get_env()) for suffix in (".zip", ".safetensors")]
+    for agent in (model, copy.deepcopy(model), *loaded):
+        assert agent._n_updates == 60
+        agent.learn(10, reset_num_timesteps=False)
+        assert agent._n_updates == 90
+        # the last update was the 90th, and its rate that of the 87 before its round
+        expected = 1e-3 - 7e-4 * 87 / 50_000
+        for optimizer in (agent.critic.optimizer, agent.actor.optimizer):
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12)
+        assert agent.logger.name_to_value["train/learning_rate"] == pytest.approx(expected, rel=1e-12)
+    for n_updates, expected in ((0, 1e-3), (25_000, 6.5e-4), (50_000, 3e-4), (10**9, 3e-4)):
+        model._n_updates = n_updates
+        assert [model.lr_schedule(progress) for progress in (1.0, 0.0)] == pytest.approx([expected] * 2)
+
+
 def test_defaults_are_those_of_the_page():
     """Of sb3_softq/README.md, a row each; what they were chosen by is in decisions.md."""
     model = SoftQ("MlpPolicy", "Pendulum-v1", device="cpu")

@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learning rate over half of training": dict(learning_rate=LinearSchedule(1e-3, 3e-4, 0.5)),
     "learning rate to 5e-4 over three tenths": dict(learning_rate=LinearSchedule(1e-3, 5e-4, 0.3)),
     "learning rate 5e-4": dict(learning_rate=5e-4),
+    "learning rate over 50,000 updates": dict(learning_rate="auto"),
     "no annealing": dict(particle_options=dict(annealing=1.0)),
     "repulsion by the kernel": dict(particle_options=dict(repulsion="kernel")),
     "repulsion by the kernel, local smoothing": dict(
