@@ -103,6 +103,20 @@ def mend_trial_id() -> None:
     exp_manager.ExperimentManager.read_hyperparameters = wrapped
 
 
+def mend_learning_rate() -> None:
+    """``learning_rate: auto`` reaches the agent: the RL Zoo takes every string for a schedule of its own."""
+    exp_manager = importlib.import_module("rl_zoo3.exp_manager")
+    preprocess = exp_manager.ExperimentManager._preprocess_schedules
+
+    def wrapped(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        if hyperparams.get("learning_rate") != "auto":
+            return preprocess(hyperparams)
+        rest = {name: value for name, value in hyperparams.items() if name != "learning_rate"}
+        return preprocess(rest) | {"learning_rate": "auto"}
+
+    exp_manager.ExperimentManager._preprocess_schedules = staticmethod(wrapped)
+
+
 def main() -> None:
     """Run the command that the command line names."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -117,8 +131,7 @@ def main() -> None:
     sys.argv = [f"sb3_softq.zoo {command}", *(with_configuration(arguments) if command == "train" else arguments)]
     subprocess.call = call_with_softq(subprocess.call)
     optuna.create_study = shared(optuna.create_study)
-    mend = {"train": mend_trial_id, "push_to_hub": mend_push_to_hub}.get(command)
-    if mend is not None:
+    for mend in {"train": (mend_trial_id, mend_learning_rate), "push_to_hub": (mend_push_to_hub,)}.get(command, ()):
         mend()
     # Some of them parse their arguments only as a main program. Not one that was imported before: runpy warns of that.
     sys.modules.pop(COMMANDS[command], None)
