@@ -113,7 +113,7 @@ def check_learning_rate(name: str, value: Any, may_be_zero: bool = False, may_be
     :param value: A number, or a function of the progress remaining, which may fall to zero
     :param may_be_zero: Whether a number may be zero
     :param may_be_auto: Whether it may be ``"auto"``
-    :raises ValueError: if a value is not a finite number between zero and ``MAX_LEARNING_RATE``
+    :raises ValueError: if a value is not a finite number between zero and ``MAX_LEARNING_RATE``, nor ``"auto"`` where allowed
     """
     if may_be_auto and isinstance(value, str):
         check_auto(name, value, with_initial_value=False)

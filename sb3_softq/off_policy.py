@@ -181,7 +181,7 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
             super()._setup_lr_schedule()
 
     def _auto_lr(self, progress_remaining: float) -> float:
-        """That of the updates so far, which needs no length of training and goes on from one ``learn`` to the next."""
+        """By the updates so far: no length of training is needed, and a further call of ``learn`` goes on."""
         assert self.auto_learning_rate is not None
         first, last, n_updates = self.auto_learning_rate
         return first + (last - first) * min(self._n_updates / n_updates, 1.0)
