@@ -378,8 +378,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         self._last_obs = None
 
     def _excluded_save_params(self) -> list[str]:
-        # schedules are made from the learning rates
-        schedules = ("lr_schedule", "actor_lr_schedule", "ent_coef_lr_schedule")
+        # which are made from the learning rates
+        schedules = [name for name in vars(self) if name.endswith("lr_schedule")]
         return [*super()._excluded_save_params(), "_is_loaded", "_keeps_action_noise", "_stored", *schedules]
 
 

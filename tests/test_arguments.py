@@ -111,6 +111,9 @@ def test_learning_rates_are_no_strings(name, value):
 @pytest.mark.parametrize("value", ["1e-3", "auto_1e-3", "lin_1e-3", "Auto", ""])
 def test_the_learning_rate_is_no_string_but_auto(value):
     assert "a number or 'auto'" in refused("learning_rate", value)
+
+
+def test_the_learning_rate_of_discrete_actions_is_not_automatic():
     with pytest.raises(ValueError, match="learning_rate='auto' is not allowed: it must be a finite number > 0"):
         DiscreteSoftQ("MlpPolicy", "CartPole-v1", learning_rate="auto")
 

@@ -59,8 +59,8 @@ def logs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logs")
     output = zoo(
         *("train", "--algo", "softq", "--env", "Pendulum-v1", "-n", 300, "-f", folder, "--seed", 1),
-        *("--eval-freq", 100, "--eval-episodes", 1, "-params", "learning_starts:50", "n_value_particles:3"),
-        "learning_rate:'auto'",
+        *("--eval-freq", 100, "--eval-episodes", 1),
+        *("-params", "learning_starts:50", "n_value_particles:3", "learning_rate:'auto'"),
     )
     # our configuration, and what the command line changes
     assert "softq.yml" in output

@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--updates", type=positive, default=6_000, help="of each agent (default: 6000)")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="agents trained at once (default: cores)")
-    parser.add_argument("--out", type=Path, default=Path("examples/benchmark/results/fidelity.csv"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fidelity.csv")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     runs = list(product(args.variants, args.cases, args.seeds))
