@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from sb3_softq.networks import Freezable, activate, affine_layers, bounded_above, particle_forward
+from sb3_softq.observations import Observer
 from sb3_softq.soft_value import LOCAL_STD_MIN, local_log_std, mixture_log_prob, mixture_mode, tanh_log_det
 
 Smoothing = Literal["learned", "local", "none"]
@@ -39,7 +40,7 @@ N_FIXED_PARTICLES = 32
 N_NEIGHBOURS = 8
 
 
-class SamplingActor(Freezable, BasePolicy):
+class SamplingActor(Freezable, Observer, BasePolicy):
     """
     Mixture of experts (Jacobs et al. 1991, https://doi.org/10.1162/neco.1991.3.1.79) whose experts are samplers: an expert z
     with the probability that the gate gives it in the state, then u = c + sigma * eps with c = xi + shift(s, xi, z),

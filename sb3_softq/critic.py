@@ -5,7 +5,6 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs, TensorDict
@@ -14,6 +13,7 @@ from torch import nn
 from sb3_softq.batch_norm import JointBatchNorm, Statistics, joint_statistics, normalised_linear
 from sb3_softq.histogram import bin_centers, bin_edges, cross_entropy
 from sb3_softq.networks import Affine, Freezable, activate, particle_forward
+from sb3_softq.observations import Observer
 from sb3_softq.stacking import from_sources, stacked_optimizer_state, stacked_state, view_of
 
 
@@ -117,7 +117,7 @@ class ScaledHistogram(nn.Module):
             self.register_buffer("return_scale", th.ones(1))
 
 
-class ParticleCritic(Freezable, ScaledHistogram, BaseModel):
+class ParticleCritic(Freezable, ScaledHistogram, Observer):
     """
     SB3's Q networks, all of them in one pass, evaluated for several actions per state, and on request with batch normalisation
     before each linear layer (CrossQ, Bhatt et al. 2024, https://arxiv.org/abs/1902.05605). Q is that of a

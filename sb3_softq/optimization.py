@@ -57,6 +57,10 @@ _CONSTANT_GUARDS = {
 
 
 def _guards_that_matter(guards: Sequence[Any]) -> list[bool]:
+    # They are built once more after this. Of a NumPy array, as a features extractor may have, that is another tensor, which
+    # torch would compare to the first as if it were one number
+    for guard in guards:
+        guard.orig_guard.obj_weakref = None
     return [guard.guard_type not in _CONSTANT_GUARDS for guard in guards]
 
 

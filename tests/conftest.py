@@ -10,6 +10,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import set_random_seed
 from torch import nn
 
 from sb3_softq import ParticleOptions, SoftQ, products
@@ -17,6 +18,12 @@ from sb3_softq.batch_norm import JointBatchNorm
 
 # Processes of environments, and those that a test kills, are forked from one that has imported what takes seconds
 multiprocessing.set_forkserver_preload(["tests.conftest", "mujoco"])
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws does not depend on the tests before it, which differ with the number of processes."""
+    set_random_seed(0)
 
 
 class OneStep(gym.Env):
@@ -73,6 +80,21 @@ class RandomEnv(gym.Env):
         assert self.action_space.contains(action)
         self.t += 1
         return self.np_random.uniform(-1.0, 1.0, 3).astype(np.float32), float(action.sum()), False, self.t == 20, {}
+
+
+class AnySpaces(gym.Env):
+    """Random observations of a space, and actions of another."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert action.shape == self.action_space.shape
+        assert self.action_space.contains(action)
+        return self.observation_space.sample(), 0.0, False, False, {}
 
 
 class StopAfter(BaseCallback):

@@ -13,6 +13,7 @@ from stable_baselines3.common.envs import SimpleMultiObsEnv
 from sb3_softq import SQL_2017, SoftQ
 from sb3_softq.checks import check_compiler
 from sb3_softq.data import Trajectory
+from sb3_softq.optimization import minimize
 from tests.conftest import flat, small
 
 # sb3_softq.checks.check_compiler refuses them, naming the release
@@ -49,6 +50,20 @@ def test_same_numbers(kwargs):
     eager, compiled = (flat(model.policy) - before for model in pair)
     assert eager.abs().max() > 1e-4
     th.testing.assert_close(compiled, eager, rtol=0.02, atol=1e-5)
+
+
+def test_a_constant_of_numpy():
+    """As a features extractor may have; torch's guards of one were compared to each other as if they were numbers."""
+    scale = np.array([1.0, 2.0, 3.0], dtype=np.float32)
+
+    def loss(weight):
+        value = (weight * th.as_tensor(scale)).sum()
+        return value, {"value": value.detach()}
+
+    weight = th.nn.Parameter(th.ones(3))
+    stats = minimize(loss, (weight,), th.optim.SGD([weight], lr=0.1), weight.device, bfloat16=False, compile=True)
+    assert stats["value"] == 6.0
+    th.testing.assert_close(weight.detach(), 1.0 - 0.1 * th.as_tensor(scale))
 
 
 @pytest.mark.slow

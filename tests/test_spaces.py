@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -19,7 +18,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_softq import DiscreteSoftQ, SoftQ
-from tests.conftest import OneStep, tiny
+from tests.conftest import AnySpaces, OneStep, tiny
 
 NAN, INF = float("nan"), float("inf")
 
@@ -52,19 +51,6 @@ def boxes(draw, bounds=bounds):
     if not swapped:
         low, high = np.minimum(low, high), np.maximum(low, high)
     return low, high, draw(st.sampled_from([np.float32, np.float64]))
-
-
-class AnySpaces(gym.Env):
-    def __init__(self, observation_space, action_space):
-        self.observation_space, self.action_space = observation_space, action_space
-
-    def reset(self, *, seed=None, options=None):
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        assert action.shape == self.action_space.shape
-        assert self.action_space.contains(action)
-        return self.observation_space.sample(), 0.0, False, False, {}
 
 
 BOX = spaces.Box(-1, 1, (2,))
