@@ -70,7 +70,8 @@ def _guards_that_matter(guards: Sequence[Any]) -> list[bool]:
 def _compiled(loss: Callable[..., LossAndStats]) -> Callable[..., dict[str, th.Tensor]]:
     # the random numbers of the uncompiled function, not of Inductor
     options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": _guards_that_matter}
-    compiled = th.compile(lambda *args: _backward(loss, *args), options=options)
+    # One graph for each shape: with graphs for several, an agent's rounding would depend on the agents before it
+    compiled = th.compile(lambda *args: _backward(loss, *args), options=options, dynamic=False)
     # A graph for each setting of an agent in this process: past the limit, 8 by default, functions run uncompiled
     setting = th._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64)
 

@@ -66,6 +66,22 @@ def test_a_constant_of_numpy():
     th.testing.assert_close(weight.detach(), 1.0 - 0.1 * th.as_tensor(scale))
 
 
+def test_an_agents_graph_does_not_depend_on_the_agents_before_it():
+    """A graph for several shapes rounds otherwise: an agent that is resumed alone was another one than among others."""
+
+    def loss(weight, batch):
+        value = weight * batch.sum()
+        return value, {"value": value.detach()}
+
+    weight = th.nn.Parameter(th.tensor(1.0))
+    optimizer = th.optim.SGD([weight], lr=0.0)
+    th._dynamo.utils.counters.clear()
+    for n in (3, 5, 7):
+        stats = minimize(loss, (weight, th.ones(n)), optimizer, weight.device, bfloat16=False, compile=True)
+        assert stats["value"] == n
+    assert th._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
 @pytest.mark.slow
 def test_same_numbers_of_cloning():
     pair = [make(compile) for compile in (False, True)]
