@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch as th
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
@@ -28,6 +28,7 @@ def components(centres, counts, spread, std, seed):
     st.sampled_from([0.03, 0.1, 0.3]),
     st.integers(0, 1000),
 )
+@example(7, [20], 1.0, 0.03, 91)
 def test_modes_that_it_was_made_of(dim, counts, spread, std, seed):
     """Clouds of components, each component at least as wide as the cloud, eight widths apart; single ones may stand aside."""
     width = std * math.hypot(1.0, spread)
@@ -37,8 +38,10 @@ def test_modes_that_it_was_made_of(dim, counts, spread, std, seed):
     modes, shares = mixture_modes(*components(centres, counts, spread * std, std, seed))
     largest_first = np.argsort(counts)[::-1]
     modes, strays = modes[: len(counts)], shares[len(counts) :]
-    assert float(strays.sum()) < 0.05
-    assert shares[: len(counts)].numpy() == pytest.approx(np.array(counts)[largest_first] / sum(counts), abs=0.05)
+    # a single one is a twentieth of the smallest cloud
+    aside = max(0.05, 1.01 / sum(counts))
+    assert float(strays.sum()) < aside
+    assert shares[: len(counts)].numpy() == pytest.approx(np.array(counts)[largest_first] / sum(counts), abs=aside)
     # peaks of a sample of components are about as exact as its mean
     assert (np.linalg.norm(modes.numpy() - centres[largest_first], axis=1) < 1.5 * width * math.sqrt(dim)).all()
 
