@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -13,20 +12,9 @@ from examples.benchmark.plain_port import PlainSoftQ
 from examples.benchmark.plain_port import stein_direction as plain_stein_direction
 from sb3_softq import SQL_2017, SoftQ
 from sb3_softq.stein import stein_direction, tanh_log_det_grad
-from tests.conftest import flat
+from tests.conftest import AnySpaces, flat
 
 OBSERVATION_DIM, ACTION_DIM, BATCH_SIZE, ALPHA = 5, 3, 32, 0.2
-
-
-class SpacesOnly(gym.Env):
-    observation_space = spaces.Box(-1.0, 1.0, (OBSERVATION_DIM,))
-    action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,))
-
-    def reset(self, *, seed=None, options=None):
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        return self.observation_space.sample(), 0.0, False, False, {}
 
 
 def minibatch(seed):
@@ -44,7 +32,7 @@ def make_pair(learning_rate, target_update_interval=1000):
     """SoftQ and the plain port with the same weights."""
     model = SoftQ(
         "MlpPolicy",
-        SpacesOnly(),
+        AnySpaces(spaces.Box(-1.0, 1.0, (OBSERVATION_DIM,)), spaces.Box(-1.0, 1.0, (ACTION_DIM,))),
         learning_rate=learning_rate,
         learning_starts=0,
         buffer_size=BATCH_SIZE,
