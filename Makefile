@@ -16,7 +16,7 @@ type: ## mypy
 	mypy
 
 pytest: ## tests, two workers with one torch thread each; shows the slowest ten
-	OMP_NUM_THREADS=1 pytest -n 2 --durations=10
+	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal --durations=10
 
 pytest-slow: ## tests that learn for minutes
 	OMP_NUM_THREADS=1 pytest -n 2 -m slow

@@ -16,8 +16,8 @@ from torch import nn
 from sb3_softq import ParticleOptions, SoftQ, products
 from sb3_softq.batch_norm import JointBatchNorm
 
-# Processes of environments, and those that a test kills, are forked from one that has imported what takes seconds
-multiprocessing.set_forkserver_preload(["tests.conftest", "mujoco"])
+# Processes of environments, programs, and those that a test kills, are forked from one that has imported what takes seconds
+multiprocessing.set_forkserver_preload(["tests.conftest", "mujoco", "matplotlib.pyplot"])
 
 
 @pytest.fixture(autouse=True)

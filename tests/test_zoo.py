@@ -4,7 +4,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from sb3_softq.zoo import HYPERPARAMS, ZooSoftQ, untrusted
 from sb3_softq.zoo.__main__ import COMMANDS, with_configuration
 from sb3_softq.zoo.environments import environment_of, register_environment
 from sb3_softq.zoo.search import convert_softq_params, sample_softq_params
+from tests.programs import run_module
 from tests.test_untrusted import Payload, with_payload
 
 ENTRIES = {name: yaml.safe_load((HYPERPARAMS / name).read_text()) for name in ("softq.yml", "softq_original.yml")}
@@ -47,8 +47,7 @@ for env_id in ("Pendulum-v1", "CartPole-v1"):
 
 def zoo(*args, code=0, cwd=None, timeout=600, env=None):
     env = {**os.environ, **(env or {}), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "sb3_softq.zoo", *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=timeout)
+    result = run_module("sb3_softq.zoo", [*map(str, args)], env, cwd, timeout)
     assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
 
@@ -60,7 +59,7 @@ def logs(tmp_path_factory):
     output = zoo(
         *("train", "--algo", "softq", "--env", "Pendulum-v1", "-n", 300, "-f", folder, "--seed", 1),
         *("--eval-freq", 100, "--eval-episodes", 1),
-        *("-params", "learning_starts:50", "n_value_particles:3", "learning_rate:'auto'"),
+        *("-params", "learning_starts:250", "n_value_particles:3", "learning_rate:'auto'"),
     )
     # our configuration, and what the command line changes
     assert "softq.yml" in output
@@ -72,7 +71,7 @@ def logs(tmp_path_factory):
 def test_train(logs):
     run = logs / "softq" / "Pendulum-v1_1"
     model = SoftQ.load(run / "Pendulum-v1.zip", device="cpu")
-    assert (model.num_timesteps, model.n_value_particles, model._n_updates) == (300, 3, 250)
+    assert (model.num_timesteps, model.n_value_particles, model._n_updates) == (300, 3, 50)
     # which the RL Zoo by itself takes for a schedule of its own
     assert model.learning_rate == "auto"
     assert (run / "best_model.zip").exists()
@@ -376,7 +375,8 @@ def test_sampler_with_goals(n_actions):
         kwargs = sample_softq_params(trial, n_actions, 1, goals)
         her = kwargs["replay_buffer_kwargs"]
         drawn.add((her["n_sampled_goal"], her["goal_selection_strategy"]))
-        model = ZooSoftQ("MultiInputPolicy", env, learning_starts=9, replay_buffer_class=HerReplayBuffer, **kwargs)
+        small_buffer = dict(replay_buffer_class=HerReplayBuffer, buffer_size=100)
+        model = ZooSoftQ("MultiInputPolicy", env, learning_starts=9, **small_buffer, **kwargs)
         assert model.learn(12).replay_buffer.n_sampled_goal == trial.params["n_sampled_goal"]
         del her["copy_info_dict"]
         assert convert_softq_params(trial.params) == kwargs

@@ -1,0 +1,51 @@
+"""Modules run as programs, in processes forked from one that has imported what takes each of them two seconds."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
+
+
+def run_module(
+    name: str, args: Sequence[str], env: Mapping[str, str], cwd: Path | None = None, timeout: float = 600
+) -> CompletedProcess[str]:
+    """
+    What ``subprocess.run([sys.executable, "-m", name, *args], capture_output=True, text=True, ...)`` does, but for the imports
+    that tests/conftest.py has the server of forks make.
+
+    :param name: Of the module
+    :param args: Of its command line
+    :param env: Its environment
+    :param cwd: Its working directory, by default the current one
+    :param timeout: After so many seconds it is killed
+    :raises TimeoutExpired: if it was
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Path(folder, "stdout"), Path(folder, "stderr")
+        for path in outputs:
+            path.touch()
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_main, args=(name, args, dict(env), cwd or Path.cwd(), *outputs)
+        )
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise TimeoutExpired([name, *args], timeout, *(path.read_bytes() for path in outputs))
+        return CompletedProcess([name, *args], process.exitcode, *(path.read_text() for path in outputs))
+
+
+def _main(name: str, args: Sequence[str], env: Mapping[str, str], cwd: Path, stdout: Path, stderr: Path) -> None:
+    for number, path in enumerate((stdout, stderr), start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.path[:0] = [str(cwd), *env.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.argv = [name, *args]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
