@@ -105,7 +105,7 @@ CASES = {
 
 def arguments(case):
     make_env, kwargs = CASES[case]
-    return make_env, {"learning_starts": 20, "buffer_size": 2_000, **kwargs}
+    return make_env, {"learning_starts": 100, "buffer_size": 2_000, **kwargs}
 
 
 def digest(*values):
