@@ -1,5 +1,6 @@
 """Modules run as programs, in processes forked from one that has imported what takes each of them two seconds."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -48,4 +49,8 @@ def _main(name: str, args: Sequence[str], env: Mapping[str, str], cwd: Path, std
     os.chdir(cwd)
     sys.path[:0] = [str(cwd), *env.get("PYTHONPATH", "").split(os.pathsep)]
     sys.argv = [name, *args]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    finally:
+        # as at the end of a program, not of a child: where trackers write what they have left
+        atexit._run_exitfuncs()
