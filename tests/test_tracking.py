@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import shutil
 import sys
 import warnings
 
@@ -198,11 +199,19 @@ def test_agents_without_modes_are_refused():
         SAC("MlpPolicy", "Pendulum-v1").learn(1, PolicyCallback())
 
 
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory):
+    """Of MLflow, which takes five seconds to make one."""
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def tracking(tmp_path):
+def tracking(tmp_path, empty_database):
     """A database of MLflow, and its run."""
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri(f"sqlite:///{shutil.copy(empty_database, tmp_path / 'mlflow.db')}")
     experiment = mlflow.create_experiment("test", artifact_location=(tmp_path / "artifacts").as_uri())
     mlflow.set_experiment(experiment_id=experiment)
     yield tmp_path / "artifacts"
