@@ -118,6 +118,8 @@ class MaximumEntropyAlgorithm(LoggedData):
         :param gradient_steps: Number of gradient steps
         :param batch_size: Minibatch size
         """
+        if self.awaits_episode:
+            return
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         self._update_learning_rates()

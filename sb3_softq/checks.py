@@ -315,3 +315,11 @@ def check_action_noise(noise: ActionNoise | None, action_space: spaces.Space[Any
     shape = action_space.shape or ()
     if sample.shape not in (shape, (n_envs, *shape), (1, *shape), (1,) * len(shape), ()) or not np.isfinite(sample).all():
         raise _refuse("action_noise", noise, f"one that gives finite numbers of the shape {shape} of an action")
+
+
+def is_of_a_library(cls: Any) -> bool:
+    """
+    :param cls: Class, or what was given in the place of one
+    :return: Whether it comes from Stable-Baselines3 or from here
+    """
+    return str(getattr(cls, "__module__", "")).startswith(("stable_baselines3.", "sb3_contrib.", "sb3_softq."))

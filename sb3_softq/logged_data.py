@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.utils import configure_logger
 
@@ -51,6 +52,15 @@ class LoggedData(CheckedOffPolicyAlgorithm):
     def has_data(self) -> bool:
         """Whether there are transitions to learn from, logged ones or the agent's own."""
         return self.logged_data is not None or (self.replay_buffer is not None and self.replay_buffer.size() > 0)
+
+    @property
+    def awaits_episode(self) -> bool:
+        """Whether it goes on without its replay buffer, and the new one has no episode yet that HER could draw goals from."""
+        buffer = self.replay_buffer
+        if self._is_offline or not isinstance(buffer, HerReplayBuffer) or buffer.full:
+            return False
+        # lengths of the first episodes are 0 until they end
+        return self.num_timesteps > buffer.pos * buffer.n_envs and not buffer.ep_length[0].any()
 
     def pretrain(self: SelfLogged, n_updates: int, log_interval: int = 1_000) -> SelfLogged:
         """

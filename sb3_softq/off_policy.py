@@ -36,11 +36,13 @@ from sb3_softq.checks import (
     check_number,
     check_train_freq,
     check_type,
+    is_of_a_library,
 )
 from sb3_softq.faults import check_step, evaluation_envs, explain, flatten, restore_statistics, statistics, watch
 from sb3_softq.finite import check_finite, check_parameters
 from sb3_softq.replay import check_replay_buffer, end_trajectory, follow_n_steps, store_last_step
 from sb3_softq.saving import SafelySaved
+from sb3_softq.sharing import check_not_shared, is_as_left, trace
 from sb3_softq.spaces import UnsupportedSpaceError, check_observation_space, check_vec_normalize
 
 SelfChecked = TypeVar("SelfChecked", bound="CheckedOffPolicyAlgorithm")
@@ -65,6 +67,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
     _keeps_action_noise = False
     # Steps, and statistics of VecNormalize, when the newest transition was stored
     _stored: tuple[int, Any] = (0, [])
+    # Of the environments when the last call of learn ended, see trace
+    _left: list[Any] | None = None
     # What learning_rate="auto" is where an algorithm has it: from the first linearly to the second within so many updates
     auto_learning_rate: ClassVar[tuple[float, float, int] | None] = None
     # Arguments that are converted to float if they came as another kind of number
@@ -159,7 +163,7 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
             super()._setup_model()
         except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
             networks = self.policy_class, self.policy_kwargs.get("features_extractor_class", self.policy_class)
-            if isinstance(error, th.OutOfMemoryError) or not all(_is_of_a_library(cls) for cls in networks):
+            if isinstance(error, th.OutOfMemoryError) or not all(is_of_a_library(cls) for cls in networks):
                 # the user's own code has other reasons to fail
                 raise
             if self.replay_buffer is None:
@@ -250,6 +254,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
             )
         if not rollout.continue_training:
             store_last_step(self, callback.locals)
+        if not rollout.continue_training or self.num_timesteps >= self._total_timesteps:
+            self._left = trace(env)
         return rollout
 
     def _setup_learn(
@@ -266,6 +272,10 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
                 f"n_envs={self.n_envs}, as env has"
             )
         check_train_freq(self.train_freq, self.n_envs)
+        if not is_as_left(self.env, self._left):
+            # the last observation is no longer that of the environment
+            self._last_obs = None
+        self._left = None
         self._begin_learning(reset_num_timesteps)
         resets = reset_num_timesteps or self._last_obs is None
         if self.replay_buffer is not None and (resets or self._buffer_is_loaded):
@@ -325,6 +335,7 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         env = self._wrap_env(env, self.verbose)
         check_vec_normalize(env)
         super().set_env(env, force_reset)
+        self._left = None
         if isinstance(self.replay_buffer, HerReplayBuffer):
             # which computes the rewards of other goals
             self.replay_buffer.env = env
@@ -349,6 +360,7 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         total_timesteps = max(total_timesteps, 0)
         self._stored = self.num_timesteps, statistics(self._vec_normalize_env)
         for env in evaluation_envs(callback):
+            check_not_shared(env, self.env)
             watch(env)
         try:
             super().learn(
@@ -380,12 +392,7 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
     def _excluded_save_params(self) -> list[str]:
         # which are made from the learning rates
         schedules = [name for name in vars(self) if name.endswith("lr_schedule")]
-        return [*super()._excluded_save_params(), "_is_loaded", "_keeps_action_noise", "_stored", *schedules]
-
-
-def _is_of_a_library(cls: Any) -> bool:
-    """Whether it comes from Stable-Baselines3 or from here."""
-    return str(getattr(cls, "__module__", "")).startswith(("stable_baselines3.", "sb3_contrib.", "sb3_softq."))
+        return [*super()._excluded_save_params(), "_is_loaded", "_keeps_action_noise", "_stored", "_left", *schedules]
 
 
 def _is_her(cls: type[ReplayBuffer] | None) -> bool:

@@ -43,7 +43,7 @@ LEVELS = (
         "checkpointing.folders",
         "saving",
     ),
-    ("checkpointing.training_state", "checkpointing.interruption"),
+    ("checkpointing.training_state", "checkpointing.interruption", "sharing"),
     ("options", "networks"),
     ("actor", "batch_norm"),
     ("critic",),

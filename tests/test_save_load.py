@@ -359,3 +359,23 @@ def test_arguments_of_the_buffer_stay_as_given():
     assert model.replay_buffer.n_steps == 3
     assert model.replay_buffer_class is None
     assert model.replay_buffer_kwargs == kwargs == {"handle_timeout_termination": True}
+
+
+@pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
+def test_hindsight_without_the_replay_buffer(tmp_path, algorithm):
+    """It waits for an episode that goals can be drawn from, where it had learned before or not."""
+    env = BitFlippingEnv(n_bits=6, continuous=algorithm is SoftQ)
+    env.max_steps = 10
+    arguments = dict(env=env, policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
+    for n_before in (15, 25):
+        model = small(algorithm, **arguments, learning_starts=20).learn(n_before)
+        model.save(tmp_path / "model")
+        loaded = algorithm.load(tmp_path / "model", env=env, device="cpu")
+        loaded.learn(8, reset_num_timesteps=False)
+        assert loaded._n_updates == model._n_updates == max(n_before - 20, 0)
+        loaded.learn(8, reset_num_timesteps=False)
+        # from the end of the first episode, and from the first steps of all that begin to learn, on
+        assert loaded._n_updates > model._n_updates
+    # a new agent is told that it begins too early
+    with pytest.raises(RuntimeError, match="learning_starts that is greater"):
+        small(algorithm, **arguments, learning_starts=3).learn(8)

@@ -37,10 +37,12 @@ _CLASSIC = "gymnasium.envs.classic_control"
 # Modules whose environments keep all of their state in attributes, or in MuJoCo's data
 _KNOWN = (_CLASSIC, "gymnasium.envs.mujoco", "sb3_softq.envs", "stable_baselines3.common.envs")
 # What an environment was made from
-_NO_STATE = {"env", "spec", "metadata", "render_mode", "mujoco_renderer", "_cached_spec", "_metadata", "_saved_kwargs"}
-_NO_STATE |= {"_ezpickle_args", "_ezpickle_kwargs"}
-# Where it is drawn, and when and where Monitor writes
-_WINDOW, _CLOCK_AND_FILE = {"screen", "clock", "surf", "isopen"}, {"t_start", "results_writer"}
+NO_STATE = {"env", "spec", "metadata", "render_mode", "mujoco_renderer", "_cached_spec", "_metadata", "_saved_kwargs"}
+NO_STATE |= {"_ezpickle_args", "_ezpickle_kwargs"}
+# Where it is drawn
+WINDOW = {"screen", "clock", "surf", "isopen"}
+# When and where Monitor writes
+_CLOCK_AND_FILE = {"t_start", "results_writer"}
 # What wrappers that normalise keep
 _STATISTICS = (RunningMeanStd, VecRunningMeanStd)
 _CONSTANTS = (type, ModuleType, EnvSpec)
@@ -185,7 +187,7 @@ def _state(layer: Env) -> dict[str, Any]:
     if not isinstance(layer, gym.Wrapper) and not any(module.startswith(_KNOWN) for module in modules):
         raise OpaqueError(f"{cls.__name__} has no get_state() and set_state(state)")
     is_classic = any(module.startswith(_CLASSIC) for module in modules)
-    without = _NO_STATE | (_CLOCK_AND_FILE if isinstance(layer, Monitor) else _WINDOW if is_classic else set())
+    without = NO_STATE | (_CLOCK_AND_FILE if isinstance(layer, Monitor) else WINDOW if is_classic else set())
     found = {}
     for name, value in vars(layer).items():
         if name == "data" and has_mujoco(layer):
