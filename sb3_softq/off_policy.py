@@ -67,7 +67,7 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
     _keeps_action_noise = False
     # Steps, and statistics of VecNormalize, when the newest transition was stored
     _stored: tuple[int, Any] = (0, [])
-    # Of the environments when the last call of learn ended, see trace
+    # The trace of the environments when the last call of learn ended
     _left: list[Any] | None = None
     # What learning_rate="auto" is where an algorithm has it: from the first linearly to the second within so many updates
     auto_learning_rate: ClassVar[tuple[float, float, int] | None] = None
@@ -275,7 +275,6 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         if not is_as_left(self.env, self._left):
             # the last observation is no longer that of the environment
             self._last_obs = None
-        self._left = None
         self._begin_learning(reset_num_timesteps)
         resets = reset_num_timesteps or self._last_obs is None
         if self.replay_buffer is not None and (resets or self._buffer_is_loaded):
@@ -294,6 +293,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         if noise is not None:
             self.action_noise = noise
         self._keeps_action_noise = False
+        assert self.env is not None
+        self._left = trace(self.env)
         first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         check_step(first_obs, np.zeros(self.n_envs), np.zeros(self.n_envs), [], self.observation_space, self.num_timesteps)
         check_finite("first observation", first_obs, self.num_timesteps, space=self.observation_space)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import gymnasium as gym
@@ -153,17 +154,30 @@ class AnyOrder(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ training
 
+    @contextmanager
+    def each_step_is_stored(self, reset=False):
+        buffer, before = self.model.replay_buffer, self.model.num_timesteps
+        first = buffer.pos
+        try:
+            yield
+        finally:
+            n_new = self.n_envs * (buffer.pos - first)
+            # where the first reset fails, the count is still that of before
+            assert buffer.full or self.model.num_timesteps in ({n_new, before} if reset else {before + n_new})
+
     @rule(n=st.integers(0, 12), reset=st.booleans())
     def learn(self, n, reset):
         before = 0 if reset else self.model.num_timesteps
-        self.model.learn(n, reset_num_timesteps=reset)
+        with self.each_step_is_stored(reset):
+            self.model.learn(n, reset_num_timesteps=reset)
         rollout = self.n_envs * self.train_freq
         assert self.model.num_timesteps == before + rollout * math.ceil(n / rollout)
 
     @rule(n=st.integers(1, 6))
     def learn_until_a_callback_says_stop(self, n):
         until = self.model.num_timesteps + n * self.n_envs
-        self.model.learn(100, StopAfter(until), reset_num_timesteps=False)
+        with self.each_step_is_stored():
+            self.model.learn(100, StopAfter(until), reset_num_timesteps=False)
         assert self.model.num_timesteps == until
 
     @rule(
@@ -174,14 +188,14 @@ class AnyOrder(RuleBasedStateMachine):
     )
     def learn_until_a_callback_raises(self, n, event, error, reset):
         callback = Raise(event, 1 if event in ("_on_training_start", "_on_training_end") else n, error)
-        with pytest.raises(error, match="of a callback"):
+        with pytest.raises(error, match="of a callback"), self.each_step_is_stored(reset):
             self.model.learn(n * self.n_envs * self.train_freq, callback, reset_num_timesteps=reset)
 
     @rule(n=st.integers(1, 6), reset=st.booleans())
     def learn_until_the_environment_raises(self, n, reset):
         Numbered.raises_in = n
         try:
-            with pytest.raises(FaultyEnvironmentError, match="the simulator is broken"):
+            with pytest.raises(FaultyEnvironmentError, match="the simulator is broken"), self.each_step_is_stored(reset):
                 self.model.learn(20 * self.n_envs, reset_num_timesteps=reset)
         finally:
             Numbered.raises_in = math.inf

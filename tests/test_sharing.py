@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 
 from sb3_softq import DiscreteSoftQ
 from tests.conftest import RandomEnv, flat, small
+from tests.test_any_order import Numbered
 
 BOX = spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
 
@@ -66,6 +67,16 @@ def test_an_evaluation_in_between_begins_another_episode(use):
         np.testing.assert_allclose(buffer.observations[rows][1:], buffer.next_observations[rows][:-1], atol=1e-5)
     assert (buffer.observations[7] != buffer.next_observations[6]).any()
     model.get_env().close()
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_an_evaluation_after_few_steps(n):
+    """What the agent has observed at last is of an episode that has ended since."""
+    model = small(env=Numbered(BOX)).learn(n)
+    evaluate_policy(model, model.get_env(), n_eval_episodes=1, warn=False)
+    model.learn(2, reset_num_timesteps=False)
+    before, after = model.replay_buffer.observations[n, 0], model.replay_buffer.next_observations[n, 0]
+    assert (after - before).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
