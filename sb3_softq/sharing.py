@@ -27,7 +27,7 @@ def trace(env: VecEnv) -> list[Any]:
     :return: What a reset or a step replaces, whoever makes it: what the last reset has returned, and of the environments of
         this process the attributes and the state of the generator of random numbers
     """
-    found: list[Any] = list(env.unwrapped.reset_infos)
+    found: list[Any] = list(getattr(env.unwrapped, "reset_infos", ()))
     for layers in _layers(env):
         asked = (layer for layer in layers if not isinstance(layer, PassiveEnvChecker))
         attributes = (item for layer in asked for item in getattr(layer, "__dict__", {}).items())

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from sb3_softq.zoo.storage import shared
 
-N_TRIALS = 5
+N_TRIALS = 3
 pytestmark = pytest.mark.cluster
 
 
@@ -51,7 +51,7 @@ def database(tmp_path_factory):
 
 def worker(url, folder):
     command = [sys.executable, "-W", "ignore", "-m", "sb3_softq.zoo", "train", "--algo", "softq", "--env", "Pendulum-v1"]
-    command += ["-n", "400", "-f", str(folder), "-optimize", "--max-total-trials", str(N_TRIALS), "--n-evaluations", "1"]
+    command += ["-n", "200", "-f", str(folder), "-optimize", "--max-total-trials", str(N_TRIALS), "--n-evaluations", "1"]
     command += ["--eval-episodes", "1", "--storage", url, "--study-name", "shared", "--no-optim-plots", "--pruner", "none"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "SB3_SOFTQ_HEARTBEAT": "1"}
     with (folder / f"worker-{time.monotonic_ns()}.log").open("w") as log:
