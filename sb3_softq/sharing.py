@@ -8,7 +8,7 @@ import gymnasium as gym
 from gymnasium.wrappers import PassiveEnvChecker
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_softq.checkpointing.env_state import NO_STATE, WINDOW
+from sb3_softq.checkpointing.env_state import NO_STATE, WINDOW, layers_of
 
 
 def check_not_shared(eval_env: VecEnv, env: VecEnv | None) -> None:
@@ -58,10 +58,7 @@ def _identities(env: VecEnv) -> set[int]:
 
 
 def _layers(env: VecEnv) -> Iterator[list[gym.Env]]:
-    """Each environment of a ``DummyVecEnv``, from its outermost wrapper on."""
+    """Of each environment of a ``DummyVecEnv``, from its outermost wrapper on."""
     inner = env.unwrapped
     for each in inner.envs if isinstance(inner, DummyVecEnv) else ():
-        layers = [each]
-        while isinstance(layers[-1], gym.Wrapper):
-            layers.append(layers[-1].env)
-        yield layers
+        yield list(layers_of(each))

@@ -71,7 +71,7 @@ def capture(env: Env) -> tuple[Any, dict[str, np.ndarray]]:
         :func:`sb3_softq.serialization.values.encode` gives it
     :raises OpaqueError: if it cannot be had
     """
-    layers = list(_layers(env))
+    layers = list(layers_of(env))
     found = [(_name(layer), _state(layer)) for layer in layers]
     _check_links(layers, found)
     arrays: dict[str, np.ndarray] = {}
@@ -84,7 +84,7 @@ def refusal(env: Env, saved: State) -> str | None:
     :param saved: Of :func:`capture`
     :return: Why this cannot be restored, None if it can
     """
-    layers = list(_layers(env))
+    layers = list(layers_of(env))
     here, there = [_name(layer) for layer in layers], [name for name, _ in saved]
     if here != there:
         return f"it was {there} and is {here}"
@@ -105,7 +105,7 @@ def restore(env: Env, saved: State) -> None:
     :param env: An environment, which has to be reset if this fails
     :param saved: Of :func:`capture`
     """
-    layers = list(_layers(env))
+    layers = list(layers_of(env))
     changing = _changing(layers)
     for layer, (_, state) in zip(layers, saved, strict=True):
         for name, value in state.items():
@@ -161,7 +161,11 @@ def _may_change(own: Any, value: Any, is_changing: bool) -> bool:
     return isinstance(value, _CONTAINERS) and type(own) is type(value)
 
 
-def _layers(env: Env) -> Iterator[Env]:
+def layers_of(env: Env) -> Iterator[Env]:
+    """
+    :param env: An environment
+    :return: It and what it wraps, from the outermost wrapper on
+    """
     yield env
     while isinstance(env, gym.Wrapper):
         env = env.env
