@@ -67,7 +67,7 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
     _keeps_action_noise = False
     # Steps, and statistics of VecNormalize, when the newest transition was stored
     _stored: tuple[int, Any] = (0, [])
-    # The trace of the environments when the last call of learn ended
+    # The trace of the environments when learn last left them: at its end, or after its reset if no step has followed
     _left: list[Any] | None = None
     # What learning_rate="auto" is where an algorithm has it: from the first linearly to the second within so many updates
     auto_learning_rate: ClassVar[tuple[float, float, int] | None] = None

@@ -10,6 +10,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_softq.checkpointing.env_state import NO_STATE, WINDOW, layers_of
 
+# Attributes that are no part of what a step or a reset does
+_NOT_TRACED = NO_STATE | WINDOW
+
 
 def check_not_shared(eval_env: VecEnv, env: VecEnv | None) -> None:
     """
@@ -31,7 +34,7 @@ def trace(env: VecEnv) -> list[Any]:
     for layers in _layers(env):
         asked = (layer for layer in layers if not isinstance(layer, PassiveEnvChecker))
         attributes = (item for layer in asked for item in getattr(layer, "__dict__", {}).items())
-        found += [value for name, value in attributes if name not in NO_STATE | WINDOW]
+        found += [value for name, value in attributes if name not in _NOT_TRACED]
         generator = getattr(getattr(layers[-1], "_np_random", None), "bit_generator", None)
         found.append(None if generator is None else pickle.dumps(generator.state))
     return found

@@ -59,7 +59,7 @@ def logs(tmp_path_factory):
     output = zoo(
         *("train", "--algo", "softq", "--env", "Pendulum-v1", "-n", 300, "-f", folder, "--seed", 1),
         *("--eval-freq", 100, "--eval-episodes", 1),
-        *("-params", "learning_starts:250", "n_value_particles:3", "learning_rate:'auto'"),
+        *("-params", "learning_starts:50", "n_value_particles:3", "learning_rate:'auto'"),
     )
     # our configuration, and what the command line changes
     assert "softq.yml" in output
@@ -71,7 +71,7 @@ def logs(tmp_path_factory):
 def test_train(logs):
     run = logs / "softq" / "Pendulum-v1_1"
     model = SoftQ.load(run / "Pendulum-v1.zip", device="cpu")
-    assert (model.num_timesteps, model.n_value_particles, model._n_updates) == (300, 3, 50)
+    assert (model.num_timesteps, model.n_value_particles, model._n_updates) == (300, 3, 250)
     # which the RL Zoo by itself takes for a schedule of its own
     assert model.learning_rate == "auto"
     assert (run / "best_model.zip").exists()
