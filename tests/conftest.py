@@ -17,7 +17,7 @@ from sb3_softq import ParticleOptions, SoftQ, products
 from sb3_softq.batch_norm import JointBatchNorm
 
 # Processes of environments, programs, and those that a test kills, are forked from one that has imported what takes seconds
-multiprocessing.set_forkserver_preload(["tests.conftest", "mujoco", "matplotlib.pyplot"])
+multiprocessing.set_forkserver_preload(["tests.conftest", "matplotlib.pyplot", "pandas", "scipy.stats"])
 
 
 @pytest.fixture(autouse=True)

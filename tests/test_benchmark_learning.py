@@ -28,6 +28,7 @@ from stable_baselines3.common.distributions import SquashedDiagGaussianDistribut
 from sb3_softq import softq
 from sb3_softq.actor import SamplingActor
 from sb3_softq.products import onednn_is_faster
+from tests.programs import run_python
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "benchmark" / "learning.py"
@@ -41,16 +42,15 @@ RUN = [
 ]
 
 
-def start(folder: Path, *args: str, script: Path = SCRIPT) -> subprocess.Popen:
-    command = [sys.executable, str(script), *args]
+def start(folder: Path, *args: str) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), *args]
     return subprocess.Popen(command, cwd=folder, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def call(folder: Path, *args: str, script: Path = SCRIPT) -> str:
-    process = start(folder, *args, script=script)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return output
+    result = run_python([str(script), *args], ENV, folder, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -85,9 +85,9 @@ def wait_until(condition, process: subprocess.Popen | None = None) -> None:
 )
 def test_what_is_wrong_is_said_without_a_traceback(tmp_path: Path, script: str, args: tuple[str, ...], message: str):
     (tmp_path / "empty.csv").write_text("")
-    process = start(tmp_path, *args, script=SCRIPT.with_name(script))
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode != 0
+    result = run_python([str(SCRIPT.with_name(script)), *args], ENV, tmp_path, timeout=300)
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
     assert message in output
     assert "Traceback" not in output
 

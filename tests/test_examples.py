@@ -17,6 +17,7 @@ from PIL import Image, ImageSequence
 from examples.finished import table
 from sb3_softq import SoftQ
 from sb3_softq.checkpoint import steps_done
+from tests.programs import run_python
 
 ROOT = Path(__file__).parent.parent
 TRAIN = [sys.executable, str(ROOT / "examples" / "train_walker2d.py")]
@@ -143,8 +144,7 @@ def test_missing_extras_are_named(tmp_path):
 
 
 def example(name, *args, code=0, **more):
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, args)]
-    result = subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=600)
+    result = run_python([str(ROOT / "examples" / name), *map(str, args)], environment(**more))
     assert result.returncode == code, result.stdout + result.stderr
     return result.stderr if code else result.stdout
 

@@ -4,13 +4,14 @@ import argparse
 import csv
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+
+from tests.programs import run_python
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "benchmark" / "learning.py"
@@ -70,12 +71,10 @@ def write_results(path: Path, env: str = "Hopper-v4") -> Path:
 
 
 def report(folder: Path, *args: str, code: int = 0) -> str:
-    command = [sys.executable, str(SCRIPT), "report", "--csv", "results.csv", "--out", "out", "--reps", "20", *args]
-    process = subprocess.run(
-        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    output = process.stdout + process.stderr
-    assert process.returncode == code, output
+    command = [str(SCRIPT), "report", "--csv", "results.csv", "--out", "out", "--reps", "20", *args]
+    result = run_python(command, {**os.environ, "OMP_NUM_THREADS": "1"}, folder, timeout=300)
+    output = result.stdout + result.stderr
+    assert result.returncode == code, output
     return output
 
 
