@@ -17,10 +17,13 @@ from sb3_softq.checks import check_flag
 from sb3_softq.critic import ParticleCritic, ScaledHistogram
 from sb3_softq.data import Trajectory
 from sb3_softq.discrete_policy import DiscreteSoftQPolicy
+from sb3_softq.finite import DivergedError
 from sb3_softq.policies import SoftQPolicy
 
 # The largest return that has been seen is at most so many times the scale (SimbaV2)
 LARGEST_RETURN = 5.0
+# Above it sums of values are infinite in single precision, which ends at 3.4e38
+LARGEST_SCALE = 1e35
 # Factor by which a buffer has to pay more than was seen before the scale follows it: an agent's own one changes nothing
 CLEARLY_MORE = 2.0
 # Initial value of a learned temperature, in units of the scale, where none is given
@@ -278,9 +281,15 @@ class ScaledReturns(MaximumEntropyAlgorithm):
 
     def _set_return_scale(self) -> None:
         self._observe_loaded()
+        scale = self.returns.value / self._reward_unit()
+        if scale > LARGEST_SCALE:
+            raise DivergedError(
+                f"scale of the discounted returns became {scale:.3g} at step {self.num_timesteps}, too large for single "
+                "precision: training stopped. Smaller rewards (VecNormalize) help."
+            )
         for critic in (self.critic, self.critic_target):
             # the target's outputs have the unit of today too, however long ago it was replaced
-            critic.get_buffer("return_scale").fill_(self.returns.value / self._reward_unit())
+            critic.get_buffer("return_scale").fill_(scale)
 
     def _observe_loaded(self) -> None:
         """Before the first step, and where there is none: a replay buffer that came from elsewhere."""
