@@ -381,6 +381,18 @@ def test_variant_one_critic(training_run, variant):
     assert th.equal(softq.min_q_values(critic, OBSERVATIONS, u), first)
 
 
+def test_variant_mean_of_critics(training_run, variant):
+    """What takes the minimum of both gets their mean, and its gradient."""
+    critic, u = small_agent(training_run).critic, th.zeros(500, 1, 1, requires_grad=True)
+    first, second = critic.q_values(critic.features(OBSERVATIONS), th.tanh(u))
+    assert (first - second).abs().max() > 0.01
+    mean = (first + second) / 2
+    variant("mean_of_critics")
+    q_values = softq.min_q_values(critic, OBSERVATIONS, u)
+    th.testing.assert_close(q_values, mean)
+    th.testing.assert_close(*(th.autograd.grad(values.sum(), u)[0] for values in (q_values, mean)))
+
+
 def test_variant_joint_gradient(training_run, variant):
     """The same Q, other gradients, but for particles that are copies of the transitions."""
     critic = small_agent(training_run).critic.train()

@@ -89,6 +89,17 @@ def one_critic_in_stein_step() -> None:
     patch("sb3_softq.softq.min_q_values", first).start()
 
 
+def mean_of_critics() -> None:
+    """Q is the mean of the critics, not their minimum, in the soft value, the Stein step and the deterministic action."""
+    q_of = ParticleCritic.q_of
+
+    def mean(self: ParticleCritic, outputs: th.Tensor) -> th.Tensor:
+        q_values = q_of(self, outputs)
+        return q_values.mean(dim=0, keepdim=True).expand_as(q_values)
+
+    patch.object(ParticleCritic, "q_of", mean).start()
+
+
 def explore_with_component_means() -> None:
     """Data are collected without the smoothing noise."""
     predict = SamplingActor._predict
@@ -195,6 +206,7 @@ _OF_SOFTQ = (
     mean_value,
     density_in_value,
     one_critic_in_stein_step,
+    mean_of_critics,
     explore_with_component_means,
     ema_actor_collects_half,
     joint_gradient,
