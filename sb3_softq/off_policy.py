@@ -40,15 +40,14 @@ from sb3_softq.checks import (
 )
 from sb3_softq.faults import check_step, evaluation_envs, explain, flatten, restore_statistics, statistics, watch
 from sb3_softq.finite import check_finite, check_parameters
-from sb3_softq.replay import check_replay_buffer, end_trajectory, follow_n_steps, store_last_step
-from sb3_softq.saving import SafelySaved
-from sb3_softq.sharing import check_not_shared, is_as_left, trace
+from sb3_softq.replay import check_replay_buffer, end_trajectory, follow_n_steps
+from sb3_softq.sharing import OwnEpisodes, check_not_shared, is_as_left
 from sb3_softq.spaces import UnsupportedSpaceError, check_observation_space, check_vec_normalize
 
 SelfChecked = TypeVar("SelfChecked", bound="CheckedOffPolicyAlgorithm")
 
 
-class CheckedOffPolicyAlgorithm(SafelySaved):
+class CheckedOffPolicyAlgorithm(OwnEpisodes):
     """
     Off-policy algorithm that refuses what cannot work when it is made, and stops at data that are not finite.
 
@@ -67,8 +66,6 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
     _keeps_action_noise = False
     # Steps, and statistics of VecNormalize, when the newest transition was stored
     _stored: tuple[int, Any] = (0, [])
-    # The trace of the environments when learn last left them: at its end, or after its reset if no step has followed
-    _left: list[Any] | None = None
     # What learning_rate="auto" is where an algorithm has it: from the first linearly to the second within so many updates
     auto_learning_rate: ClassVar[tuple[float, float, int] | None] = None
     # Arguments that are converted to float if they came as another kind of number
@@ -226,6 +223,8 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         check_finite("reward", raw_reward, self.num_timesteps)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self._stored = self.num_timesteps, statistics(self._vec_normalize_env)
+        if self._is_disturbed:
+            self._begin_episode()
 
     @contextmanager
     def _faults_explained(self) -> Iterator[None]:
@@ -249,14 +248,9 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         log_interval: int | None = None,
     ) -> RolloutReturn:
         with self._faults_explained():
-            rollout = super().collect_rollouts(
+            return super().collect_rollouts(
                 env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
             )
-        if not rollout.continue_training:
-            store_last_step(self, callback.locals)
-        if not rollout.continue_training or self.num_timesteps >= self._total_timesteps:
-            self._left = trace(env)
-        return rollout
 
     def _setup_learn(
         self,
@@ -293,11 +287,7 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
         if noise is not None:
             self.action_noise = noise
         self._keeps_action_noise = False
-        assert self.env is not None
-        self._left = trace(self.env)
-        first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
-        check_step(first_obs, np.zeros(self.n_envs), np.zeros(self.n_envs), [], self.observation_space, self.num_timesteps)
-        check_finite("first observation", first_obs, self.num_timesteps, space=self.observation_space)
+        self._episode_has_begun()
         self._stored = self.num_timesteps, statistics(self._vec_normalize_env)
         return total_timesteps, callback
 
@@ -393,7 +383,7 @@ class CheckedOffPolicyAlgorithm(SafelySaved):
     def _excluded_save_params(self) -> list[str]:
         # which are made from the learning rates
         schedules = [name for name in vars(self) if name.endswith("lr_schedule")]
-        return [*super()._excluded_save_params(), "_is_loaded", "_keeps_action_noise", "_stored", "_left", *schedules]
+        return [*super()._excluded_save_params(), "_is_loaded", "_keeps_action_noise", "_stored", *schedules]
 
 
 def _is_her(cls: type[ReplayBuffer] | None) -> bool:

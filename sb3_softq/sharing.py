@@ -2,16 +2,27 @@
 
 import pickle
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.wrappers import PassiveEnvChecker
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.type_aliases import RolloutReturn, TrainFreq
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_softq.checkpointing.env_state import NO_STATE, WINDOW, layers_of
+from sb3_softq.faults import check_step, restore_statistics, statistics
+from sb3_softq.finite import check_finite
+from sb3_softq.replay import end_trajectory, store_last_step
+from sb3_softq.saving import SafelySaved
 
 # Attributes that are no part of what a step or a reset does
 _NOT_TRACED = NO_STATE | WINDOW
+# The clock of gymnasium's TimeLimit, steps and this episode's rewards of Stable-Baselines3's Monitor
+_COUNTED = ("_elapsed_steps", "total_steps", "rewards")
 
 
 def check_not_shared(eval_env: VecEnv, env: VecEnv | None) -> None:
@@ -24,32 +35,148 @@ def check_not_shared(eval_env: VecEnv, env: VecEnv | None) -> None:
         raise ValueError(f"eval_env={eval_env!r} with an environment of the training is not allowed: it must have its own")
 
 
-def trace(env: VecEnv) -> list[Any]:
+class Trace(NamedTuple):
+    """
+    What a reset or a step replaces, whoever makes it.
+
+    :param by_steps: And nothing else does: what the last reset has returned; of environments of this process, the state of the
+        generator of random numbers and what wrappers count
+    :param by_anyone: All attributes of those environments; a callback may set one, such as a difficulty
+    """
+
+    by_steps: list[Any]
+    by_anyone: list[Any]
+
+
+def trace(env: VecEnv, in_training: bool = False) -> Trace:
     """
     :param env: Environments, in wrappers or not
-    :return: What a reset or a step replaces, whoever makes it: what the last reset has returned, and of the environments of
-        this process the attributes and the state of the generator of random numbers
+    :param in_training: Whether callbacks may set attributes, which are left out then
+    :return: For :func:`is_as_left`
     """
-    found: list[Any] = list(getattr(env.unwrapped, "reset_infos", ()))
+    found = Trace(list(getattr(env.unwrapped, "reset_infos", ())), [])
     for layers in _layers(env):
-        asked = (layer for layer in layers if not isinstance(layer, PassiveEnvChecker))
-        attributes = (item for layer in asked for item in getattr(layer, "__dict__", {}).items())
-        found += [value for name, value in attributes if name not in _NOT_TRACED]
+        for layer in layers:
+            attributes = getattr(layer, "__dict__", {})
+            found.by_steps.extend(attributes[name] for name in _COUNTED if name in attributes)
+            if not in_training and not isinstance(layer, PassiveEnvChecker):
+                found.by_anyone.extend(value for name, value in attributes.items() if name not in _NOT_TRACED)
         generator = getattr(getattr(layers[-1], "_np_random", None), "bit_generator", None)
-        found.append(None if generator is None else pickle.dumps(generator.state))
+        found.by_steps.append(None if generator is None else pickle.dumps(generator.state))
     return found
 
 
-def is_as_left(env: VecEnv | None, before: list[Any] | None) -> bool:
+def is_as_left(env: VecEnv | None, before: Trace | None, in_training: bool = False) -> bool:
     """
     :param env: Environments
     :param before: Their :func:`trace` of then, None if there is none
+    :param in_training: Whether callbacks may have set attributes since
     :return: Whether nobody has stepped or reset one since, as far as that can be seen
     """
     if env is None or before is None:
         return True
-    now = trace(env)
-    return len(now) == len(before) and all(map(_is_same, now, before))
+    now = trace(env, in_training)
+    if in_training:
+        before = before._replace(by_anyone=[])
+    return all(len(here) == len(there) and all(map(_is_same, here, there)) for here, there in zip(now, before, strict=True))
+
+
+class OwnEpisodes(SafelySaved):
+    """
+    Off-policy algorithm whose trajectories are those of its environments where others use them too: a callback that evaluates
+    on them, or anybody between two calls of ``learn``. It begins another episode then.
+    """
+
+    # The trace of the environments when they were last known to be where the agent believes
+    _left: Trace | None = None
+    # Whether a callback has used them in the step that is about to be stored
+    _is_disturbed = False
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: ReplayBuffer,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        rollout = super().collect_rollouts(
+            env, Attended(callback, self), train_freq, replay_buffer, action_noise, learning_starts, log_interval
+        )
+        if not rollout.continue_training:
+            store_last_step(self, callback.locals)
+        if not rollout.continue_training or self.num_timesteps >= self._total_timesteps:
+            self._begin_episode_if_shared()
+            # with what callbacks have set
+            self._left = trace(env)
+        return rollout
+
+    def _begin_episode_if_shared(self) -> None:
+        if not is_as_left(self.env, self._left, in_training=True):
+            self._begin_episode()
+
+    def _begin_episode(self) -> None:
+        """Where somebody else has stepped or reset the environments."""
+        assert self.env is not None
+        assert self.replay_buffer is not None
+        end_trajectory(self.replay_buffer)
+        self._last_obs = self.env.reset()  # type: ignore[assignment]
+        if self._vec_normalize_env is not None:
+            self._last_original_obs = self._vec_normalize_env.get_original_obs()
+        if self.action_noise is not None:
+            self.action_noise.reset()
+        self._episode_has_begun()
+
+    def _episode_has_begun(self) -> None:
+        assert self.env is not None
+        self._left, self._is_disturbed = trace(self.env), False
+        first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
+        check_step(first_obs, np.zeros(self.n_envs), np.zeros(self.n_envs), [], self.observation_space, self.num_timesteps)
+        check_finite("first observation", first_obs, self.num_timesteps, space=self.observation_space)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_left", "_is_disturbed"]
+
+
+class Attended(BaseCallback):
+    """
+    The callback of a rollout, after which an agent looks for its environments.
+
+    :param callback: It is told what Stable-Baselines3 tells this one
+    :param agent: Agent that collects the rollout
+    """
+
+    def __init__(self, callback: BaseCallback, agent: OwnEpisodes):
+        super().__init__()
+        self.callback, self.agent = callback, agent
+
+    def update_locals(self, locals_: dict[str, Any]) -> None:
+        self.callback.update_locals(locals_)
+
+    def on_rollout_start(self) -> None:
+        self.callback.on_rollout_start()
+        self.agent._begin_episode_if_shared()
+
+    def on_step(self) -> bool:
+        agent, normalize = self.agent, self.agent._vec_normalize_env
+        assert agent.env is not None
+        agent._left = trace(agent.env, in_training=True)
+        scales, raw = statistics(normalize), (normalize.old_obs, normalize.old_reward) if normalize is not None else None
+        goes_on = self.callback.on_step()
+        agent._is_disturbed = not is_as_left(agent.env, agent._left, in_training=True)
+        if agent._is_disturbed and normalize is not None and raw is not None:
+            # the step is stored afterwards
+            restore_statistics(scales)
+            normalize.old_obs, normalize.old_reward = raw
+        return goes_on
+
+    def on_rollout_end(self) -> None:
+        self.callback.on_rollout_end()
+
+    def _on_step(self) -> bool:
+        return True
 
 
 def _is_same(now: Any, before: Any) -> bool:

@@ -83,22 +83,27 @@ class NumberedGoals(Numbered):
         return np.float32(achieved_goal[..., 0] == desired_goal[..., 0])
 
 
-class Raise(BaseCallback):
-    """Raises an error the ``n``-th time that something happens."""
+class Does(BaseCallback):
+    """Does something the ``n``-th time that an event happens."""
 
-    def __init__(self, event, n, error):
+    def __init__(self, event, n, what):
         super().__init__()
-        self.n, self.error = n, error
+        self.n, self.what = n, what
         setattr(self, event, self.count)
 
     def count(self):
         self.n -= 1
         if self.n == 0:
-            raise self.error("of a callback")
+            self.what(self)
         return True
 
     def _on_step(self):
         return True
+
+
+def evaluate(callback):
+    """On the environments of the training."""
+    evaluate_policy(callback.model, callback.training_env, n_eval_episodes=1, warn=False)
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -187,9 +192,19 @@ class AnyOrder(RuleBasedStateMachine):
         reset=st.booleans(),
     )
     def learn_until_a_callback_raises(self, n, event, error, reset):
-        callback = Raise(event, 1 if event in ("_on_training_start", "_on_training_end") else n, error)
+        def fail(_):
+            raise error("of a callback")
+
+        callback = Does(event, 1 if event in ("_on_training_start", "_on_training_end") else n, fail)
         with pytest.raises(error, match="of a callback"), self.each_step_is_stored(reset):
             self.model.learn(n * self.n_envs * self.train_freq, callback, reset_num_timesteps=reset)
+
+    @rule(n=st.integers(1, 4), event=st.sampled_from(EVENTS), reset=st.booleans())
+    def learn_while_a_callback_evaluates(self, n, event, reset):
+        callback = Does(event, 1 if event in ("_on_training_start", "_on_training_end") else n, evaluate)
+        with self.each_step_is_stored(reset):
+            self.model.learn((n + 2) * self.n_envs * self.train_freq, callback, reset_num_timesteps=reset)
+        assert callback.n <= 0
 
     @rule(n=st.integers(1, 6), reset=st.booleans())
     def learn_until_the_environment_raises(self, n, reset):

@@ -4,14 +4,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import CallbackList, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
-from sb3_softq import DiscreteSoftQ
+from sb3_softq import DiscreteSoftQ, SoftQ
 from tests.conftest import RandomEnv, flat, small
-from tests.test_any_order import Numbered
+from tests.test_any_order import EVENTS, Does, Numbered
 
 BOX = spaces.Box(-1.0, 1.0, (1,), dtype=np.float32)
 
@@ -67,6 +67,52 @@ def test_an_evaluation_in_between_begins_another_episode(use):
         np.testing.assert_allclose(buffer.observations[rows][1:], buffer.next_observations[rows][:-1], atol=1e-5)
     assert (buffer.observations[7] != buffer.next_observations[6]).any()
     model.get_env().close()
+
+
+@pytest.mark.parametrize("use", set(USES) - {"a user's", "one of several"})
+@pytest.mark.parametrize("event", EVENTS)
+def test_an_evaluation_by_a_callback_begins_another_episode(use, event):
+    """In the middle of a rollout, too; the step after which it comes is stored as it was."""
+    make_env, of = USES[use]
+    given = make_env()
+    model = small(env=given, buffer_size=1_000, learning_starts=100, train_freq=2)
+    n_envs, expected = model.n_envs, {"_on_step": 7, "_on_rollout_start": 6, "_on_rollout_end": 8}.get(event)
+
+    def evaluate(callback):
+        evaluate_policy(model, of(callback.training_env, given), n_eval_episodes=1, warn=False)
+
+    n = {"_on_step": 7, "_on_rollout_start": 4, "_on_rollout_end": 4}.get(event, 1)
+    model.learn(14 * n_envs, Does(event, n, evaluate))
+    if event == "_on_training_end":
+        expected = 14
+        model.learn(2 * n_envs, reset_num_timesteps=False)
+    buffer, end = model.replay_buffer, model.num_timesteps // n_envs
+    assert buffer.pos == end
+    assert np.flatnonzero(buffer.dones[:end].all(axis=1)).tolist() == ([] if expected is None else [expected - 1])
+    assert (buffer.timeouts[:end] == buffer.dones[:end]).all()
+    # within an episode each follows from the one before
+    for rows in (slice(0, expected), slice(expected, end)) if expected else (slice(0, end),):
+        np.testing.assert_allclose(buffer.observations[rows][1:], buffer.next_observations[rows][:-1], atol=1e-5)
+        assert (np.abs(buffer.next_observations[rows] - buffer.observations[rows]).max(axis=(1, 2)) < 2).all()
+    if expected:
+        assert (buffer.observations[expected] != buffer.next_observations[expected - 1]).any()
+    model.get_env().close()
+
+
+@pytest.mark.parametrize("make_env", [lambda: gym.make("CartPole-v1"), lambda: DummyVecEnv([Plain] * 2)])
+def test_a_callback_that_sets_attributes_ends_no_episode(make_env):
+    """Which is how tasks become harder during training."""
+
+    class Harder(BaseCallback):
+        def _on_step(self):
+            self.training_env.set_attr("gravity", 9.8 + 0.01 * self.n_calls)
+            return True
+
+    env = make_env()
+    model = small(DiscreteSoftQ if isinstance(env.action_space, spaces.Discrete) else SoftQ, env=env, learning_starts=100)
+    model.learn(7 * model.n_envs, Harder())
+    assert model.get_env().get_attr("gravity")[0] == pytest.approx(9.87)
+    assert not model.replay_buffer.dones[:7].any()
 
 
 @pytest.mark.parametrize("n", [0, 2])
