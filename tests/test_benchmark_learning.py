@@ -381,16 +381,17 @@ def test_variant_one_critic(training_run, variant):
     assert th.equal(softq.min_q_values(critic, OBSERVATIONS, u), first)
 
 
-def test_variant_mean_of_critics(training_run, variant):
-    """What takes the minimum of both gets their mean, and its gradient."""
+@pytest.mark.parametrize(("name", "pessimism"), [("mean_of_critics", 0.0), ("beyond_the_minimum", 1.5)])
+def test_variants_of_the_pessimism(training_run, variant, name: str, pessimism: float):
+    """What takes the minimum of both critics gets another value, and its gradient."""
     critic, u = small_agent(training_run).critic, th.zeros(500, 1, 1, requires_grad=True)
     first, second = critic.q_values(critic.features(OBSERVATIONS), th.tanh(u))
     assert (first - second).abs().max() > 0.01
-    mean = (first + second) / 2
-    variant("mean_of_critics")
+    expected = (first + second) / 2 - pessimism * (first - second).abs() / 2
+    variant(name)
     q_values = softq.min_q_values(critic, OBSERVATIONS, u)
-    th.testing.assert_close(q_values, mean)
-    th.testing.assert_close(*(th.autograd.grad(values.sum(), u)[0] for values in (q_values, mean)))
+    th.testing.assert_close(q_values, expected)
+    th.testing.assert_close(*(th.autograd.grad(values.sum(), u)[0] for values in (q_values, expected)))
 
 
 def test_variant_joint_gradient(training_run, variant):

@@ -91,13 +91,24 @@ def one_critic_in_stein_step() -> None:
 
 def mean_of_critics() -> None:
     """Q is the mean of the critics, not their minimum, in the soft value, the Stein step and the deterministic action."""
+    _judge_by_critics(0.0)
+
+
+def beyond_the_minimum() -> None:
+    """Q is below the mean of the critics by one and a half times as much as their minimum is, in the same places."""
+    _judge_by_critics(1.5)
+
+
+def _judge_by_critics(pessimism: float) -> None:
+    """Q = mean - pessimism (mean - min) over the critics, wherever it is their minimum."""
     q_of = ParticleCritic.q_of
 
-    def mean(self: ParticleCritic, outputs: th.Tensor) -> th.Tensor:
+    def judged(self: ParticleCritic, outputs: th.Tensor) -> th.Tensor:
         q_values = q_of(self, outputs)
-        return q_values.mean(dim=0, keepdim=True).expand_as(q_values)
+        mean = q_values.mean(dim=0, keepdim=True)
+        return (mean - pessimism * (mean - q_values.amin(dim=0, keepdim=True))).expand_as(q_values)
 
-    patch.object(ParticleCritic, "q_of", mean).start()
+    patch.object(ParticleCritic, "q_of", judged).start()
 
 
 def explore_with_component_means() -> None:
@@ -207,6 +218,7 @@ _OF_SOFTQ = (
     density_in_value,
     one_critic_in_stein_step,
     mean_of_critics,
+    beyond_the_minimum,
     explore_with_component_means,
     ema_actor_collects_half,
     joint_gradient,
