@@ -1,4 +1,4 @@
-"""Environments of a training that others use too: an evaluation in between, on the very environment that is learned in."""
+"""Environments of a training that others use too, for an evaluation on the very environment that is learned in."""
 
 import pickle
 from collections.abc import Iterator
