@@ -69,7 +69,7 @@ def test_an_evaluation_in_between_begins_another_episode(use):
     model.get_env().close()
 
 
-# of what is no wrapper of a library's, nor has gymnasium's generator, a callback might have set the attributes
+# where attributes of the user's class alone tell, a callback may have set them
 @pytest.mark.parametrize("use", [use for use in USES if use not in ("a user's", "one of several")])
 @pytest.mark.parametrize("event", EVENTS)
 def test_an_evaluation_by_a_callback_begins_another_episode(use, event):
