@@ -27,6 +27,7 @@ from stable_baselines3.common.distributions import SquashedDiagGaussianDistribut
 
 from sb3_softq import softq
 from sb3_softq.actor import SamplingActor
+from sb3_softq.critic import min_q_values
 from sb3_softq.products import onednn_is_faster
 from tests.programs import run_python
 
@@ -389,7 +390,7 @@ def test_variants_of_the_pessimism(training_run, variant, name: str, pessimism: 
     assert (first - second).abs().max() > 0.01
     expected = (first + second) / 2 - pessimism * (first - second).abs() / 2
     variant(name)
-    q_values = softq.min_q_values(critic, OBSERVATIONS, u)
+    q_values = min_q_values(critic, OBSERVATIONS, u)
     th.testing.assert_close(q_values, expected)
     th.testing.assert_close(*(th.autograd.grad(values.sum(), u)[0] for values in (q_values, expected)))
 
