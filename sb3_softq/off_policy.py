@@ -40,8 +40,8 @@ from sb3_softq.checks import (
 )
 from sb3_softq.faults import check_step, evaluation_envs, explain, flatten, restore_statistics, statistics, watch
 from sb3_softq.finite import check_finite, check_parameters
-from sb3_softq.replay import check_replay_buffer, end_trajectory, follow_n_steps
-from sb3_softq.sharing import OwnEpisodes, check_not_shared, is_as_left
+from sb3_softq.replay import check_replay_buffer, end_trajectory, follow_n_steps, store_last_step
+from sb3_softq.sharing import Attended, OwnEpisodes, check_not_shared, is_as_left, trace
 from sb3_softq.spaces import UnsupportedSpaceError, check_observation_space, check_vec_normalize
 
 SelfChecked = TypeVar("SelfChecked", bound="CheckedOffPolicyAlgorithm")
@@ -248,9 +248,16 @@ class CheckedOffPolicyAlgorithm(OwnEpisodes):
         log_interval: int | None = None,
     ) -> RolloutReturn:
         with self._faults_explained():
-            return super().collect_rollouts(
-                env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+            rollout = super().collect_rollouts(
+                env, Attended(callback, self), train_freq, replay_buffer, action_noise, learning_starts, log_interval
             )
+            if not rollout.continue_training:
+                store_last_step(self, callback.locals)
+            if not rollout.continue_training or self.num_timesteps >= self._total_timesteps:
+                self._begin_episode_if_shared()
+                # with what callbacks have set
+                self._left = trace(env)
+        return rollout
 
     def _setup_learn(
         self,

@@ -7,16 +7,13 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 from gymnasium.wrappers import PassiveEnvChecker
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import RolloutReturn, TrainFreq
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_softq.checkpointing.env_state import NO_STATE, WINDOW, layers_of
 from sb3_softq.faults import check_step, restore_statistics, statistics
 from sb3_softq.finite import check_finite
-from sb3_softq.replay import end_trajectory, store_last_step
+from sb3_softq.replay import end_trajectory
 from sb3_softq.saving import SafelySaved
 
 # Attributes that are no part of what a step or a reset does
@@ -76,9 +73,7 @@ def is_as_left(env: VecEnv | None, before: Trace | None, in_training: bool = Fal
     if env is None or before is None:
         return True
     now = trace(env, in_training)
-    if in_training:
-        before = before._replace(by_anyone=[])
-    return all(len(here) == len(there) and all(map(_is_same, here, there)) for here, there in zip(now, before, strict=True))
+    return _are_same(now.by_steps, before.by_steps) and (in_training or _are_same(now.by_anyone, before.by_anyone))
 
 
 class OwnEpisodes(SafelySaved):
@@ -91,27 +86,6 @@ class OwnEpisodes(SafelySaved):
     _left: Trace | None = None
     # Whether a callback has used them in the step that is about to be stored
     _is_disturbed = False
-
-    def collect_rollouts(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        train_freq: TrainFreq,
-        replay_buffer: ReplayBuffer,
-        action_noise: ActionNoise | None = None,
-        learning_starts: int = 0,
-        log_interval: int | None = None,
-    ) -> RolloutReturn:
-        rollout = super().collect_rollouts(
-            env, Attended(callback, self), train_freq, replay_buffer, action_noise, learning_starts, log_interval
-        )
-        if not rollout.continue_training:
-            store_last_step(self, callback.locals)
-        if not rollout.continue_training or self.num_timesteps >= self._total_timesteps:
-            self._begin_episode_if_shared()
-            # with what callbacks have set
-            self._left = trace(env)
-        return rollout
 
     def _begin_episode_if_shared(self) -> None:
         if not is_as_left(self.env, self._left, in_training=True):
@@ -177,6 +151,10 @@ class Attended(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+
+def _are_same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(_is_same, now, before))
 
 
 def _is_same(now: Any, before: Any) -> bool:

@@ -40,6 +40,20 @@ def run_python(
         return CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in outputs))
 
 
+def output_of(
+    arguments: Sequence[str], env: Mapping[str, str], cwd: Path | None = None, code: int = 0, timeout: float = 600
+) -> str:
+    """
+    :param arguments: As :func:`run_python` has them, and ``env``, ``cwd`` and ``timeout``
+    :param code: The exit status that there has to be
+    :return: What the program wrote to its standard output, and then to its standard error
+    """
+    result = run_python(arguments, env, cwd, timeout)
+    output = result.stdout + result.stderr
+    assert result.returncode == code, output
+    return output
+
+
 def _main(arguments: list[str], env: Mapping[str, str], cwd: Path, stdout: Path, stderr: Path) -> None:
     for number, path in enumerate((stdout, stderr), start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)

@@ -29,7 +29,7 @@ from sb3_softq import softq
 from sb3_softq.actor import SamplingActor
 from sb3_softq.critic import min_q_values
 from sb3_softq.products import onednn_is_faster
-from tests.programs import run_python
+from tests.programs import output_of, run_python
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "benchmark" / "learning.py"
@@ -49,9 +49,7 @@ def start(folder: Path, *args: str) -> subprocess.Popen:
 
 
 def call(folder: Path, *args: str, script: Path = SCRIPT) -> str:
-    result = run_python([str(script), *args], ENV, folder, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    return output_of([str(script), *args], ENV, folder, timeout=300)
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -203,19 +203,21 @@ def test_diverged_training_stops():
         tiny(learning_rate=1e30).learn(20)
 
 
+def paid(algorithm, reward):
+    return make(Returns(BOX, [0.0, 1.0], reward, spaces.Discrete(2) if algorithm is DiscreteSoftQ else None), algorithm)
+
+
 @pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
 @pytest.mark.parametrize("reward", [3e38, -3e38, 1e37])
 def test_rewards_whose_values_would_be_infinite_are_named(algorithm, reward):
-    env = Returns(BOX, [0.0, 1.0], reward, spaces.Discrete(2) if algorithm is DiscreteSoftQ else None)
     with pytest.raises(ValueError, match=r"^scale of the discounted returns became .* at step \d+, too large for single"):
-        make(env, algorithm).learn(500)
+        paid(algorithm, reward).learn(500)
 
 
 @pytest.mark.parametrize("algorithm", [SoftQ, DiscreteSoftQ])
 @pytest.mark.parametrize("reward", [1e33, -1e33])
 def test_rewards_of_any_size_below_are_learned_from(algorithm, reward):
-    env = Returns(BOX, [0.0, 1.0], reward, spaces.Discrete(2) if algorithm is DiscreteSoftQ else None)
-    model = make(env, algorithm).learn(500)
+    model = paid(algorithm, reward).learn(500)
     assert model._n_updates > 400
     assert all(th.isfinite(tensor).all() for tensor in model.policy.state_dict().values())
 

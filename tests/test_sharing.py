@@ -77,12 +77,13 @@ def test_an_evaluation_by_a_callback_begins_another_episode(use, event):
     make_env, of = USES[use]
     given = make_env()
     model = small(env=given, buffer_size=1_000, learning_starts=100, train_freq=2)
-    n_envs, expected = model.n_envs, {"_on_step": 7, "_on_rollout_start": 6, "_on_rollout_end": 8}.get(event)
+    # the n-th time that it happens, and the steps before the other episode
+    n, expected = {"_on_step": (7, 7), "_on_rollout_start": (4, 6), "_on_rollout_end": (4, 8)}.get(event, (1, None))
+    n_envs = model.n_envs
 
     def evaluate(callback):
         evaluate_policy(model, of(callback.training_env, given), n_eval_episodes=1, warn=False)
 
-    n = {"_on_step": 7, "_on_rollout_start": 4, "_on_rollout_end": 4}.get(event, 1)
     model.learn(14 * n_envs, Does(event, n, evaluate))
     if event == "_on_training_end":
         expected = 14

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from tests.programs import run_python
+from tests.programs import output_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "benchmark" / "learning.py"
@@ -72,10 +72,7 @@ def write_results(path: Path, env: str = "Hopper-v4") -> Path:
 
 def report(folder: Path, *args: str, code: int = 0) -> str:
     command = [str(SCRIPT), "report", "--csv", "results.csv", "--out", "out", "--reps", "20", *args]
-    result = run_python(command, {**os.environ, "OMP_NUM_THREADS": "1"}, folder, timeout=300)
-    output = result.stdout + result.stderr
-    assert result.returncode == code, output
-    return output
+    return output_of(command, {**os.environ, "OMP_NUM_THREADS": "1"}, folder, code, timeout=300)
 
 
 def read_times(folder: Path) -> tuple[str, dict[tuple[str, str], dict[str, str]]]:

@@ -22,7 +22,7 @@ from sb3_softq.zoo import HYPERPARAMS, ZooSoftQ, untrusted
 from sb3_softq.zoo.__main__ import COMMANDS, with_configuration
 from sb3_softq.zoo.environments import environment_of, register_environment
 from sb3_softq.zoo.search import convert_softq_params, sample_softq_params
-from tests.programs import run_python
+from tests.programs import output_of
 from tests.test_untrusted import Payload, with_payload
 
 ENTRIES = {name: yaml.safe_load((HYPERPARAMS / name).read_text()) for name in ("softq.yml", "softq_original.yml")}
@@ -47,9 +47,7 @@ for env_id in ("Pendulum-v1", "CartPole-v1"):
 
 def zoo(*args, code=0, cwd=None, timeout=600, env=None):
     env = {**os.environ, **(env or {}), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONWARNINGS": "ignore"}
-    result = run_python(["-m", "sb3_softq.zoo", *map(str, args)], env, cwd, timeout)
-    assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout + result.stderr
+    return output_of(["-m", "sb3_softq.zoo", *map(str, args)], env, cwd, code, timeout)
 
 
 @pytest.fixture(scope="module")
