@@ -449,6 +449,24 @@ def test_variant_double_q(training_run, variant):
     assert model.next_values(OBSERVATIONS, th.tensor([2.0])).item() == pytest.approx(by_hand)
 
 
+@pytest.mark.parametrize(("algo", "env_id"), [("tqc", "Pendulum-v1"), ("qrdqn", "CartPole-v1")])
+def test_variant_compiled_loss(training_run, variant, algo: str, env_id: str):
+    """It is compiled, and the agent learns the same."""
+
+    def parameters() -> th.Tensor:
+        arguments = dict(policy_kwargs=dict(net_arch=[8]), learning_starts=20, seed=0, device="cpu")
+        model = training_run.CLASSES[algo]("MlpPolicy", env_id, **arguments).learn(60)
+        assert model._n_updates > 0
+        return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
+
+    uncompiled = parameters()
+    variant("compiled_loss")
+    th._dynamo.utils.counters.clear()
+    compiled = parameters()
+    assert th._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    th.testing.assert_close(compiled, uncompiled, rtol=1e-4, atol=1e-5)
+
+
 def test_variant_ema_actor_collects_half(training_run, variant):
     """Episodes 1, 3, ... of Pendulum, of 200 steps each, are collected by the EMA actor."""
     variant("ema_actor_collects_half")
