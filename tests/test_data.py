@@ -199,7 +199,7 @@ def test_the_scale_of_returns_is_that_of_normalised_rewards(tmp_path, way):
 
     logged = small(env=make_env(), learning_starts=10**6, buffer_size=1000).learn(1000)
     logged.save_replay_buffer(tmp_path / "buffer.pkl")
-    model = small(env=VecNormalize(DummyVecEnv([make_env])), learning_starts=200, buffer_size=1000)
+    model = small(env=VecNormalize(DummyVecEnv([make_env])), learning_starts=200, buffer_size=1000, train_freq=50)
     if way == "set_data":
         model.set_data(from_agent(logged))
     else:

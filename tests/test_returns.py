@@ -50,7 +50,7 @@ def test_returns_go_on_where_a_time_limit_cuts_an_episode_off():
     action_space = gym.spaces.Box(-1, 1, (1,))
     for terminates, largest in ((True, 1.0), (False, 10.0)):
         env = make_vec_env(Ends, n_envs=2, env_kwargs=dict(terminates=terminates, action_space=action_space))
-        model = small(env=env, gamma=0.9, ent_coef="auto_0.01").learn(400)
+        model = small(env=env, gamma=0.9, ent_coef="auto_0.01", train_freq=20).learn(400)
         assert model.returns.largest == pytest.approx(largest, rel=1e-6)
         alone = ReturnScale()
         alone.observe_buffer(model.replay_buffer, 0.9)
@@ -68,44 +68,46 @@ def scaled_run(factor: float, **kwargs) -> SoftQ:
     return small(env=env, learning_starts=50, batch_size=32, **kwargs).learn(300)
 
 
+# Powers of two, by which rewards are multiplied without rounding
+FACTORS = 2.0**-10, 2.0**10
+
+
 @pytest.mark.parametrize("kwargs", [{}, dict(n_steps=3), dict(policy_kwargs=dict(n_bins=1, net_arch=[8]))], ids=str)
-@pytest.mark.parametrize("exponent", [-10, 10])
-def test_rewards_of_any_size_are_learned_alike(exponent, kwargs):
-    """Powers of two, by which rewards are multiplied without rounding: the same weights to the bit."""
-    factor = 2.0**exponent
-    one, other = scaled_run(1.0, **kwargs), scaled_run(factor, **kwargs)
-    weights, others = one.policy.state_dict(), other.policy.state_dict()
-    for name, tensor in weights.items():
-        unit = factor if name.endswith("return_scale") else 1.0
-        th.testing.assert_close(others[name], unit * tensor, rtol=1e-5, atol=1e-6 * unit)
+def test_rewards_of_any_size_are_learned_alike(kwargs):
+    """The same weights to the bit."""
+    one = scaled_run(1.0, **kwargs)
     obs, actions = np.zeros((5, 3), dtype=np.float32), np.linspace(-2, 2, 5, dtype=np.float32)[:, None]
-    np.testing.assert_allclose(other.q_values(obs, actions), factor * one.q_values(obs, actions), rtol=1e-3)
-    np.testing.assert_allclose(other.ent_coef_tensor, factor * one.ent_coef_tensor, rtol=1e-4)
+    for factor in FACTORS:
+        other = scaled_run(factor, **kwargs)
+        for name, tensor in one.policy.state_dict().items():
+            unit = factor if name.endswith("return_scale") else 1.0
+            th.testing.assert_close(other.policy.state_dict()[name], unit * tensor, rtol=1e-5, atol=1e-6 * unit)
+        np.testing.assert_allclose(other.q_values(obs, actions), factor * one.q_values(obs, actions), rtol=1e-3)
+        np.testing.assert_allclose(other.ent_coef_tensor, factor * one.ent_coef_tensor, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     "kwargs", [{}, dict(target_update_interval=10), dict(policy_kwargs=dict(n_bins=1, net_arch=[8]))], ids=str
 )
-@pytest.mark.parametrize("exponent", [-10, 10])
-def test_discrete_agents_likewise(exponent, kwargs):
-    factor = 2.0**exponent
-    one, other = (
+def test_discrete_agents_likewise(kwargs):
+    one, *others = (
         small(
             DiscreteSoftQ,
             env=TransformReward(gym.make("CartPole-v1"), lambda reward, unit=unit: float(reward) * unit),
             **kwargs,
         ).learn(300)
-        for unit in (1.0, factor)
+        for unit in (1.0, *FACTORS)
     )
-    for name, tensor in one.policy.state_dict().items():
-        unit = factor if name.endswith("return_scale") else 1.0
-        th.testing.assert_close(other.policy.state_dict()[name], unit * tensor, rtol=1e-5, atol=1e-6 * unit)
     assert one.critic.return_scale.item() == pytest.approx(one.returns.value)
     assert one.returns.value > 1.0
     obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
-    np.testing.assert_allclose(other.soft_value(obs), factor * one.soft_value(obs), rtol=1e-3)
-    np.testing.assert_allclose(other.entropy(obs), one.entropy(obs), rtol=1e-3)
-    assert other.policy.ent_coef.item() == pytest.approx(factor * one.policy.ent_coef.item(), rel=1e-4)
+    for factor, other in zip(FACTORS, others, strict=True):
+        for name, tensor in one.policy.state_dict().items():
+            unit = factor if name.endswith("return_scale") else 1.0
+            th.testing.assert_close(other.policy.state_dict()[name], unit * tensor, rtol=1e-5, atol=1e-6 * unit)
+        np.testing.assert_allclose(other.soft_value(obs), factor * one.soft_value(obs), rtol=1e-3)
+        np.testing.assert_allclose(other.entropy(obs), one.entropy(obs), rtol=1e-3)
+        assert other.policy.ent_coef.item() == pytest.approx(factor * one.policy.ent_coef.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("suffix", ["zip", "safetensors"])
@@ -124,7 +126,7 @@ def test_weights_of_discrete_agents_keep_their_units(tmp_path, suffix):
 
 
 def test_the_scale_is_that_of_the_returns_of_training():
-    model = scaled_run(1.0)
+    model = scaled_run(1.0, train_freq=50)
     buffer = model.replay_buffer
     observed = ReturnScale()
     observed.observe_buffer(buffer, model.gamma)
@@ -137,7 +139,7 @@ def test_the_scale_is_that_of_the_returns_of_training():
 
 
 def test_a_loaded_buffer_alone_tells_the_scale(tmp_path):
-    model = small(env="Pendulum-v1", buffer_size=400).learn(300)
+    model = small(env="Pendulum-v1", buffer_size=400, train_freq=50).learn(300)
     model.save_replay_buffer(tmp_path / "buffer.pkl")
     other = small(env="Pendulum-v1", buffer_size=400, seed=1)
     other.load_replay_buffer(tmp_path / "buffer.pkl")
@@ -171,7 +173,8 @@ def test_what_her_pays_for_goals_that_no_episode_has_reached():
 
 @pytest.mark.parametrize("begins", ["learn", "set_data", "load"])
 def test_a_buffer_of_larger_returns_counts_whenever_it_is_loaded(tmp_path, begins):
-    rich = small(env=TransformReward(gym.make("Pendulum-v1"), lambda r: 1000 * r), buffer_size=300).learn(200)
+    env = TransformReward(gym.make("Pendulum-v1"), lambda reward: 1000 * reward)
+    rich = small(env=env, buffer_size=300, train_freq=50).learn(200)
     rich.save_replay_buffer(tmp_path / "buffer.pkl")
     model = small(env="Pendulum-v1", buffer_size=300)
     if begins == "set_data":
@@ -252,7 +255,7 @@ def test_histograms_need_the_scale():
 def test_vec_normalize_before_it(gamma):
     """As if the rewards of all steps had been normalised as they are now: the first ones were divided by next to nothing."""
     env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2), gamma=gamma)
-    model = small(env=env, gamma=gamma, buffer_size=2000).learn(1000)
+    model = small(env=env, gamma=gamma, buffer_size=2000, train_freq=50).learn(1000)
     replayed = ReturnScale()
     for row in range(500):
         replayed.observe(env.normalize_reward(model.replay_buffer.rewards[row].astype(np.float64)), np.zeros(2), gamma)
@@ -292,7 +295,7 @@ def test_transitions_from_elsewhere_count_the_entropy_too(tmp_path, way):
 
 def test_parameters_of_another_agent_keep_their_unit(tmp_path):
     """What the critics have learned would be multiplied by the first scale that is seen here."""
-    model = scaled_run(1.0)
+    model = scaled_run(1.0, train_freq=10)
     model.save(tmp_path / "agent")
     scale = model.critic.return_scale.item()
     obs, actions = np.zeros((5, 3), dtype=np.float32), np.linspace(-2, 2, 5, dtype=np.float32)[:, None]
